@@ -1,0 +1,171 @@
+"""What every attack is: a frozen dataclass of hyper-parameters that turns points into adversarial points."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from robust.attacks.trial import Trial
+from robust.classifier import Classifier
+from robust.cost import Cost
+from robust.errors import DataError, RobustError, ThreatError
+from robust.oracle import Oracle
+from robust.rng import derive
+from robust.threat import Threat
+
+Until = Literal["strongest", "broken", "smallest"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an attack found.
+
+    Attributes:
+        x_adv: (N, C, H, W) points of ball ∩ box, in x's dtype and on its device.
+        success: (N,) bool: the original model, in float32, misclassifies x_adv (or reaches the target).
+        distance: (N,) float64 in the threat's norm.
+        cost: what it took.
+        notes: what the engine saw on the way, for doubts: counts of rows by name.
+    """
+
+    x_adv: Tensor
+    success: Tensor
+    distance: Tensor
+    cost: Cost
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """The base of all attacks; a subclass adds its hyper-parameters and says how it searches.
+
+    Attributes:
+        threat: what may change, and by how much.
+        until: "strongest": the highest loss found; "broken": stop a sample at its first success;
+            "smallest": the smallest distance found.
+    """
+
+    threat: Threat
+    until: Until = "strongest"
+    knowledge: ClassVar[str] = "white"
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    minimum_norm: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        model: Classifier | Oracle,
+        x: Tensor,
+        y: Tensor,
+        *,
+        targets: Tensor | None = None,
+        seed: int = 0,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Adversarial points of the shape, dtype and device of x; see `run`."""
+        return self.run(model, x, y, targets=targets, seed=seed, index=index).x_adv
+
+    def run(
+        self,
+        model: Classifier | Oracle,
+        x: Tensor,
+        y: Tensor,
+        *,
+        targets: Tensor | None = None,
+        seed: int = 0,
+        index: Tensor | None = None,
+    ) -> Result:
+        """Attacks every sample and measures what came out.
+
+        Args:
+            model: a Classifier, or an Oracle where the attack needs no gradients.
+            x: (N, C, H, W) in the model's box.
+            y: (N,) true classes.
+            targets: (N,) classes to reach; None to leave y.
+            seed: with `index`, the key of all randomness.
+            index: (N,) identities of the samples, 0…N−1 if None.
+
+        Raises:
+            RobustError: a wrong shape, class, norm or radius, in one line.
+        """
+        self.validate(model, x, y, targets)
+        started, before = time.perf_counter(), _cost(model)
+        if isinstance(model, Classifier):
+            model.check(x.float())
+        if len(x) == 0:
+            return Result(x.clone(), torch.zeros(0, dtype=torch.bool), torch.zeros(0).double(), Cost())
+        trial = Trial(self, model, x, y, targets=targets, seed=seed, index=index)
+        with trial.session():
+            if trial.searching():
+                self.attack(trial)
+            x_adv, success = trial.finish()
+        x_adv = _cast(x_adv, x, success.to(x.device), self.threat, model.bounds)
+        distance = self.threat.distance(x_adv, x).cpu()
+        cost = _cost(model) - before
+        cost.queries = 0 if self.knowledge == "white" else trial.queries
+        cost.seconds = time.perf_counter() - started
+        return Result(x_adv, success.cpu(), distance, cost, trial.notes)
+
+    def attack(self, trial: Trial) -> None:
+        """Searches on `trial`, which keeps the best point of every sample."""
+        raise TypeError(f"{type(self).__name__} is no complete attack: it does not say how it searches")
+
+    def validate(self, model: Classifier | Oracle, x: Tensor, y: Tensor, targets: Tensor | None) -> None:
+        """Raises one line for anything that cannot be attacked."""
+        name = type(self).__name__
+        if self.until not in ("strongest", "broken", "smallest"):
+            raise RobustError(f"until={self.until!r} is unknown; use 'strongest', 'broken' or 'smallest'")
+        if not isinstance(model, (Classifier, Oracle)):
+            raise RobustError(f"{name} attacks a Classifier or an Oracle; wrap the module: Classifier(module)")
+        if isinstance(model, Oracle) and self.knowledge == "white":
+            raise RobustError(f"{name} needs gradients, which an Oracle does not give; use a black-box attack")
+        if self.threat.norm not in self.norms:
+            raise ThreatError(f"{name} has no {self.threat.norm} form; it knows {', '.join(self.norms)}")
+        if not self.threat.bounded and not self.minimum_norm:
+            raise ThreatError(f"{name} needs a finite eps; unbounded threats are for minimum-norm attacks")
+        _check_points(x, y, targets)
+        self.threat.check(model.bounds)
+        eps = self.threat.eps
+        if isinstance(eps, Tensor) and eps.dim() and len(eps) != len(x):
+            raise ThreatError(f"eps has {len(eps)} radii for {len(x)} samples; give one number or one per sample")
+
+    def config(self) -> dict[str, Any]:
+        """The hyper-parameters by name, for manifests and leaderboards."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "threat"}
+        return {**values, "threat": self.threat.describe()}
+
+
+def _check_points(x: Tensor, y: Tensor, targets: Tensor | None) -> None:
+    if x.dim() < 2 or not x.is_floating_point():
+        raise DataError(f"x is {tuple(x.shape)} of {x.dtype}; attacks take floating-point (N, C, H, W)")
+    for name, classes in (("y", y), ("targets", targets)):
+        if classes is None:
+            continue
+        if classes.shape != (len(x),) or classes.is_floating_point():
+            raise DataError(f"{name} is {tuple(classes.shape)} of {classes.dtype}; it must be integers ({len(x)},)")
+        if len(classes) and int(classes.min()) < 0:
+            raise DataError(f"{name} holds the class {int(classes.min())}; classes are 0, 1, …")
+
+
+def _cost(model: Classifier | Oracle) -> Cost:
+    """A copy of the counts; those of an oracle's classifier are the ones that grow."""
+    source = model.backend if isinstance(model, Oracle) and isinstance(model.backend, Classifier) else model
+    return source.cost + Cost()
+
+
+def _cast(x_adv: Tensor, x: Tensor, success: Tensor, threat: Threat, bounds: tuple[float, float]) -> Tensor:
+    """Back to x's dtype; a point that its rounding pushes out of the ball returns to the clean one."""
+    if x.dtype == x_adv.dtype:
+        return x_adv.to(x.device)
+    cast = x_adv.to(device=x.device, dtype=x.dtype)
+    stays = threat.inside(cast, x, bounds)
+    success &= stays
+    return torch.where(stays.view(-1, *[1] * (x.dim() - 1)), cast, x)
+
+
+def keyed_generator(seed: int, *names: int | str) -> torch.Generator:
+    """A CPU generator for long noise streams, seeded by its key."""
+    return torch.Generator().manual_seed(derive(seed, *names))

@@ -1,0 +1,1 @@
+"""Attacks that see only scores or labels, one paper a file."""

@@ -1,0 +1,227 @@
+"""The one loop of all stepwise attacks: fixed batch shapes, refilled from a queue of jobs.
+
+Rows that finish hand their best point to the trial and take the next job; once a sample is broken (or finished) its
+other jobs are cancelled. Batches keep one of a few sizes and are padded, so that numbers do not depend on how many
+rows are left.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robust.attacks.query import Answer, Query
+from robust.attacks.rule import Jobs, Rule, Setting, State, choose
+from robust.attacks.trial import Trial
+from robust.errors import BudgetExceeded
+from robust.rng import JOB_BITS, identities
+
+_ELEMENTS = 1 << 17
+_REPORT_EVERY = 8
+
+
+def buckets(sample: int, device: torch.device) -> list[int]:
+    """Batch sizes for samples of so many elements, the largest first; a CPU is best when a batch fits its cache."""
+    elements = _ELEMENTS if device.type == "cpu" else _ELEMENTS << 6
+    largest = 16
+    while largest < 512 and largest * sample * 1.5 < elements:
+        largest *= 2
+    return sorted({largest, max(largest // 4, 4), max(largest // 16, 4)}, reverse=True)
+
+
+def setting_of(trial: Trial) -> Setting:
+    """What a rule's rows share, from the trial."""
+    return Setting(trial.threat, trial.bounds, trial.seed, trial.classes)
+
+
+def make_jobs(trial: Trial, restarts: int = 1, targets: Tensor | None = None) -> Jobs:
+    """Jobs of every sample: target-major over (T, N) `targets`, then restarts; the trial's own target if it has one."""
+    count = len(trial.x)
+    device = trial.x.device
+    if targets is None:
+        goal = trial.targets if trial.targets is not None else torch.full((count,), -1, device=device)
+        targets = goal[None]
+    rounds = targets.repeat(restarts, 1)
+    number = torch.arange(len(rounds), device=device)[:, None].expand(-1, count)
+    rows = torch.arange(count, device=device).expand(len(rounds), -1)
+    assert len(rounds) < 1 << JOB_BITS
+    return Jobs(rows.flatten(), rounds.flatten(), number.flatten())
+
+
+def run_rule(rule: Rule, trial: Trial, jobs: Jobs) -> None:
+    """Runs all jobs to their end, a cancellation, or the end of the oracle's budget."""
+    engine = _Engine(rule, trial, jobs)
+    if trial.until == "strongest":
+        engine.offer_clean()
+    try:
+        engine.run()
+    except BudgetExceeded:
+        engine.flush()
+        trial.note("budget_spent", 1)
+
+
+class _Engine:
+    """One run of a rule over a queue."""
+
+    def __init__(self, rule: Rule, trial: Trial, jobs: Jobs) -> None:
+        self.rule, self.trial, self.jobs = rule, trial, jobs
+        self.next = 0
+        self.state: State = {}
+        self.sizes = buckets(trial.x[0].numel(), trial.x.device)
+        self.active = torch.zeros(0, dtype=torch.bool)
+        self.finished_jobs = 0
+
+    def offer_clean(self) -> None:
+        """The clean points, so that no result is weaker than they are."""
+        trial, loss = self.trial, self.rule.loss
+        if loss is None:
+            return
+        rows = torch.arange(len(trial.x), device=trial.x.device)
+        target = self.jobs.target[: len(rows)]
+        aimed = target if bool((target >= 0).all()) else None
+        hit, sure = trial.judge(rows, trial.x, trial.clean)
+        trial.offer(rows, trial.x, hit, sure, loss(trial.clean, trial.y, aimed, trial.clean))
+
+    def run(self) -> None:
+        """Until no job is left."""
+        turn = 0
+        while self._fill():
+            query = self.rule.query(self.state)
+            answer = self.trial.answer(query, self.state, self.active)
+            self._track(query, answer, turn)
+            self.state.update(self.rule.step(self.state, answer))
+            self._retire(self.rule.done(self.state).cpu() & self.active)
+            if turn % _REPORT_EVERY == 0:
+                self._report()
+            turn += 1
+
+    def flush(self) -> None:
+        """Hands over what the rows have, when the run ends early."""
+        self._retire(self.active.clone())
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def _rows(self, rows: Tensor, jobs: Jobs) -> State:
+        trial = self.trial
+        index = trial.index.to(trial.x.device)[rows]
+        state = {
+            "row": rows,
+            "x": trial.x[rows],
+            "y": trial.y[rows],
+            "target": jobs.target,
+            "identity": identities(index, jobs.number),
+            "hit": torch.zeros(len(rows), dtype=torch.bool, device=rows.device),
+            "sure": torch.zeros(len(rows), dtype=torch.bool, device=rows.device),
+            "score": torch.full((len(rows),), -torch.inf, device=rows.device),
+            "best": trial.x[rows],
+        }
+        eps = trial.threat.take(rows).eps
+        if isinstance(eps, Tensor) and eps.dim():
+            state["eps"] = eps.to(trial.x)
+        if self.rule.needs_reference:
+            state["reference"] = trial.clean[rows]
+        return state
+
+    def _fill(self) -> bool:
+        """Gives free slots new jobs, shrinks the batch when the queue is empty; whether any row is active."""
+        busy = int(self.active.sum())
+        free = (self.sizes[0] if not self.state else len(self.active)) - busy
+        taken = self._take(free) if free else []
+        if not busy and not taken:
+            return False
+        if taken:
+            self._seat(torch.tensor(taken, device=self.jobs.row.device), busy)
+        elif self.next >= len(self.jobs.row):
+            self._shrink(busy)
+        return True
+
+    def _take(self, count: int) -> list[int]:
+        """The next jobs whose samples still need work."""
+        finished = self.trial.finished()
+        taken: list[int] = []
+        while self.next < len(self.jobs.row) and len(taken) < count:
+            if not bool(finished[self.jobs.row[self.next]]):
+                taken.append(self.next)
+            else:
+                self.finished_jobs += 1
+            self.next += 1
+        return taken
+
+    def _seat(self, taken: Tensor, busy: int) -> None:
+        jobs = Jobs(self.jobs.row[taken], self.jobs.target[taken], self.jobs.number[taken])
+        new = self._rows(jobs.row, jobs)
+        new.update(self.rule.start(new))
+        if not self.state:
+            size = next(size for size in reversed(self.sizes) if size >= len(taken))
+            order = torch.arange(size, device=taken.device).clamp_max(len(taken) - 1)
+            self.state = {name: value[order].clone() for name, value in new.items()}
+            self.active = torch.arange(size) < len(taken)
+            return
+        slots = (~self.active).nonzero()[: len(taken), 0]
+        for name, value in new.items():
+            self.state[name][slots.to(value.device)] = value
+        self.active[slots] = True
+
+    def _shrink(self, busy: int) -> None:
+        """Moves the last rows into the smallest batch that holds them."""
+        size = next((size for size in reversed(self.sizes) if size >= busy), self.sizes[0])
+        if size >= len(self.active):
+            return
+        order = torch.argsort(~self.active, stable=True)[:size]
+        self.state = {name: value[order.to(value.device)] for name, value in self.state.items()}
+        self.active = self.active[order]
+
+    # -- outcomes -----------------------------------------------------------------------------------------------
+
+    def _track(self, query: Query, answer: Answer, turn: int) -> None:
+        """Keeps each row's best queried point: a clear hit before a marginal one before none, then the score."""
+        trial, state = self.trial, self.state
+        hit, sure = trial.judge(state["row"], query.x, answer.scores)
+        smallest = trial.until == "smallest"
+        if not self.rule.feasible:
+            inside = self.rule.setting.ball(state).inside(query.x, state["x"], trial.bounds)
+            hit, sure = hit & inside, sure & inside
+        if smallest:
+            score = -trial.threat.distance(query.x, state["x"]).float()
+            better = hit & ((sure & ~state["sure"]) | ((sure == state["sure"]) & (score > state["score"])))
+        else:
+            loss = answer.loss if answer.loss is not None else hit.float()
+            score = loss if loss.dim() == 1 else loss.amax(1)
+            rank, before = hit.int() + sure.int(), state["hit"].int() + state["sure"].int()
+            better = (rank > before) | ((rank == before) & (score > state["score"]))
+            if not self.rule.feasible:
+                better = better & hit
+        if bool(better.any()):
+            state["best"] = choose(better, query.x.detach(), state["best"])
+            for name, value in (("hit", hit), ("sure", sure), ("score", score)):
+                state[name] = torch.where(better, value, state[name])
+        if answer.gradient is not None:
+            self._watch(answer.gradient, turn)
+        if trial.until == "broken":
+            self._retire(state["sure"].cpu() & self.active)
+
+    def _watch(self, gradient: Tensor, turn: int) -> None:
+        """Counts rows without any gradient, now and then: a sign of masking."""
+        if turn % 10 == 0:
+            zero = (gradient.flatten(1) == 0).all(1).cpu()
+            self.trial.note("gradients", int(self.active.sum()))
+            self.trial.note("zero_gradients", int((zero & self.active).sum()))
+
+    def _retire(self, over: Tensor) -> None:
+        """Ends rows that are over, and the other jobs of samples that need none any more."""
+        if not bool(over.any()):
+            return
+        state = self.state
+        rows = over.nonzero()[:, 0].to(state["x"].device)
+        self.trial.offer(*(state[name][rows] for name in ("row", "best", "hit", "sure", "score")))
+        self.active &= ~over
+        self.finished_jobs += len(rows)
+        cancelled = self.trial.finished()[state["row"]].cpu() & self.active
+        self.finished_jobs += int(cancelled.sum())
+        self.active &= ~cancelled
+
+    def _report(self) -> None:
+        total = max(len(self.jobs.row), 1)
+        under_way = float(self.state["t"].float()[self.active.to(self.state["t"].device)].sum()) if self.state else 0.0
+        self.trial.progress(min(1.0, (self.finished_jobs + under_way / max(self.rule.steps, 1)) / total))
+

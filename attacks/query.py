@@ -1,0 +1,131 @@
+"""Questions to the model under attack and their answers: the only place where attacks run a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robust.classifier import Classifier
+from robust.errors import RobustError
+from robust.losses import Loss
+from robust.oracle import Oracle
+
+Want = Literal["logits", "labels", "loss_grad", "difference_grad"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a rule wants to know about a batch of points.
+
+    Attributes:
+        x: (B, C, H, W) points in the box.
+        want: "logits"; "labels"; "loss_grad": `loss` and its gradient; "difference_grad": for each class of
+            `against`, z_class − z_y and its gradient.
+        copies: forwards to average over (expectation over a randomised model).
+        loss: the loss for "loss_grad", and the value tracked for "logits" if given.
+        against: (B, T) classes for "difference_grad".
+    """
+
+    x: Tensor
+    want: Want
+    copies: int = 1
+    loss: Loss | None = None
+    against: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said: `scores` (B, K), `loss` (B,), `gradient` (B, C, H, W) or (B, T, C, H, W), as asked."""
+
+    scores: Tensor
+    loss: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+def ask(
+    model: Classifier | Oracle, query: Query, rows: dict[str, Tensor], active: Tensor | None
+) -> tuple[Answer, int]:
+    """Answers a query and says how many black-box queries it took.
+
+    Args:
+        rows: the engine's row state: `y` (B,), `target` (B,) (-1 for none), `reference` (B, K) where losses need it.
+        active: (B,) bool; padding rows are computed (a fixed shape) but not counted, and never sent to an oracle.
+    """
+    if isinstance(model, Oracle):
+        return _ask_oracle(model, query, rows, active)
+    spare = 0 if active is None else len(query.x) - int(active.sum())
+    model.cost.forwards -= spare * query.copies
+    if query.want in ("logits", "labels"):
+        total = model.logits(query.x)
+        for _ in range(query.copies - 1):
+            total = total + model.logits(query.x)
+        scores = total / query.copies
+        return Answer(scores, _loss(query.loss, scores, rows)), len(query.x) - spare
+    times = 1 if query.against is None else query.against.shape[1]
+    model.cost.backwards += (len(query.x) - spare) * query.copies * times
+    return _gradient(model, query, rows), 0
+
+
+def _ask_oracle(
+    oracle: Oracle, query: Query, rows: dict[str, Tensor], active: Tensor | None
+) -> tuple[Answer, int]:
+    if query.want not in ("logits", "labels"):
+        raise RobustError("this attack needs gradients, which an Oracle does not give")
+    sent = query.x if active is None else query.x[active]
+    if query.want == "labels" or oracle.answers == "labels":
+        labels = oracle.labels(sent)
+        width = oracle.classes
+        said = torch.nn.functional.one_hot(labels.clamp_min(0), width).float()
+        said[labels < 0] = torch.nan
+    else:
+        said = oracle.scores(sent)
+    scores = said if active is None else said.new_zeros(len(query.x), said.shape[1])
+    if active is not None:
+        scores[active.to(said.device)] = said
+    return Answer(scores, _loss(query.loss, scores, rows)), len(sent)
+
+
+def _loss(loss: Loss | None, scores: Tensor, rows: dict[str, Tensor]) -> Tensor | None:
+    if loss is None:
+        return None
+    target = rows.get("target")
+    aimed = target if target is not None and bool((target >= 0).all()) else None
+    return loss(scores, rows["y"], aimed, rows.get("reference"))
+
+
+def _gradient(model: Classifier, query: Query, rows: dict[str, Tensor]) -> Answer:
+    """Average of scores, loss and input gradient over the copies; rows that are not finite get a zero gradient."""
+    sums: list[Tensor] = []
+    for _ in range(query.copies):
+        x = query.x.detach().requires_grad_(True)
+        logits = model(x)
+        detached = logits.detach()
+        if query.against is None:
+            leaf = detached.clone().requires_grad_(True)
+            with torch.enable_grad():
+                value = _loss(query.loss, leaf, rows)
+            assert value is not None
+            (upstream,) = torch.autograd.grad(value.sum(), leaf)
+            (gradient,) = torch.autograd.grad(logits, x, upstream)
+            parts = [detached, value.detach(), gradient]
+        else:
+            parts = [detached, *_differences(logits, x, query.against, rows["y"])]
+        sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
+    scores, value, gradient = (part / query.copies for part in sums)
+    return Answer(scores, value, gradient.nan_to_num(0.0, 0.0, 0.0))
+
+
+def _differences(logits: Tensor, x: Tensor, against: Tensor, y: Tensor) -> list[Tensor]:
+    """For each column of `against` the value and the gradient of z_class − z_y: (B, T) and (B, T, C, H, W)."""
+    gradients = []
+    columns = against.shape[1]
+    own = torch.nn.functional.one_hot(y, logits.shape[1]).to(logits)
+    for t in range(columns):
+        upstream = torch.nn.functional.one_hot(against[:, t], logits.shape[1]).to(logits) - own
+        (gradient,) = torch.autograd.grad(logits, x, upstream, retain_graph=t + 1 < columns)
+        gradients.append(gradient)
+    values = logits.detach().gather(1, against) - logits.detach().gather(1, y[:, None])
+    return [values, torch.stack(gradients, dim=1)]

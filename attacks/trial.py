@@ -1,0 +1,174 @@
+"""What an attack works on: samples, the subject's answers, and the best point of every sample so far.
+
+A `Trial` counts, verifies claims on the original model in float32, and tells which samples still need work. The
+engine runs stepwise rules on it; a method that is no stepwise rule asks `answer` and `offer` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from robust.attacks.query import Answer, Query, ask
+from robust.classifier import Classifier, clear, misclassified
+from robust.cost import Cost
+from robust.decide import decide
+from robust.oracle import Oracle
+from robust.rng import derive
+
+if TYPE_CHECKING:
+    from robust.attacks.base import Attack
+
+Hook = Callable[[float], None]
+
+
+class Trial:
+    """The state of one attack on N samples.
+
+    Attributes:
+        x, y, index: the samples, on the model's device, x in float32; `targets` (N,) or None.
+        found: (N,) bool: a point inside the threat is misclassified, clearly in "broken" and "smallest".
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        model: Classifier | Oracle,
+        x: Tensor,
+        y: Tensor,
+        *,
+        targets: Tensor | None = None,
+        seed: int = 0,
+        index: Tensor | None = None,
+    ) -> None:
+        device = model.device
+        self.model, self.threat, self.until, self.seed = model, attack.threat, attack.until, seed
+        self.bounds = model.bounds
+        self.x, self.y = x.to(device, torch.float32), y.to(device).long()
+        self.targets = None if targets is None else targets.to(device).long()
+        self.index = torch.arange(len(x)) if index is None else index.cpu().long()
+        self.best = self.x.clone()
+        self.hit = torch.zeros(len(x), dtype=torch.bool, device=device)
+        self.sure = torch.zeros_like(self.hit)
+        self.score = torch.full((len(x),), -torch.inf, device=device)
+        self.queries = 0
+        self.cost = Cost()
+        self.notes: dict[str, float] = {}
+        self.hook: Hook | None = None
+        self._clean: Tensor | None = None
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Evaluation mode, and the model's own randomness keyed by the seed."""
+        if not isinstance(self.model, Classifier):
+            yield
+            return
+        with self.model.session(), torch.random.fork_rng(enabled=self.model.randomised):
+            if self.model.randomised:
+                torch.manual_seed(derive(self.seed, "model"))
+            yield
+
+    @property
+    def clean(self) -> Tensor:
+        """(N, K) scores of the clean points, asked for once."""
+        if self._clean is None:
+            parts = [self.answer(Query(part, "logits")).scores for part in self.x.split(64)]
+            self._clean = torch.cat(parts)
+        return self._clean
+
+    @property
+    def classes(self) -> int:
+        """The model's number of classes."""
+        return self.clean.shape[1]
+
+    def answer(self, query: Query, rows: dict[str, Tensor] | None = None, active: Tensor | None = None) -> Answer:
+        """The subject's answer, counted; see `query.ask`."""
+        answer, asked = ask(self.model, query, rows or {}, active)
+        self.queries += asked
+        return answer
+
+    def searching(self) -> bool:
+        """Takes the clean points as the first offer; whether any sample still needs work."""
+        if self.until == "strongest":
+            return True
+        hit = misclassified(self.clean, self.y, self.targets)
+        self.hit = hit
+        self.sure = hit & clear(self.clean, self.y, self.targets)
+        self.score = torch.where(hit, 0.0, -torch.inf)
+        return not bool(self.finished().all())
+
+    def finished(self) -> Tensor:
+        """(N,) bool: samples that need no further job."""
+        if self.until == "broken":
+            return self.sure
+        if self.until == "smallest":
+            return misclassified(self.clean, self.y, self.targets)
+        return torch.zeros_like(self.hit)
+
+    def offer(self, rows: Tensor, points: Tensor, hit: Tensor, sure: Tensor, score: Tensor) -> None:
+        """Keeps each point that beats the best of its sample: a sure hit before a marginal one before none, then score.
+
+        Args:
+            rows: (M,) positions, repeats allowed; points: (M, …) inside the threat.
+            hit, sure: (M,) bool misclassified, and clearly so; score: (M,) larger is better.
+        """
+        for m in range(len(rows)):
+            row = rows[m]
+            ours = (bool(hit[m]), bool(sure[m]), float(score[m]))
+            if ours > (bool(self.hit[row]), bool(self.sure[row]), float(self.score[row])):
+                self.best[row] = points[m]
+                self.hit[row], self.sure[row], self.score[row] = hit[m], sure[m], score[m]
+
+    def judge(self, rows: Tensor, points: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether points are misclassified, and clearly so; a randomised model is asked for its majority."""
+        targets = None if self.targets is None else self.targets[rows]
+        hit = misclassified(scores, self.y[rows], targets)
+        sure = hit & clear(scores, self.y[rows], targets)
+        if isinstance(self.model, Classifier) and self.model.randomised and bool(hit.any()):
+            some = hit.nonzero()[:, 0]
+            index = self.index.to(rows.device)[rows[some]]
+            majority = decide(self.model, points[some], self.y[rows[some]], targets_of(targets, some), index, self.seed)
+            hit, sure = hit.clone(), sure.clone()
+            hit[some], sure[some] = majority.hit, majority.hit
+        return hit, sure
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The best points and whether the original model, asked once more, misclassifies them."""
+        if self.until == "strongest":
+            self._recall_clean()
+        if isinstance(self.model, Oracle):
+            return self.best, self.hit
+        index = self.index.to(self.x.device)
+        verdict = decide(self.model, self.best, self.y, self.targets, index, self.seed)
+        success = verdict.hit & self.threat.inside(self.best, self.x, self.bounds)
+        lost = ~success if self.until == "smallest" else torch.zeros_like(success)
+        best = torch.where(lost.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.best)
+        return best, success
+
+    def _recall_clean(self) -> None:
+        """A sample whose search never beat nothing at all stays at its clean point."""
+        never = self.score == -torch.inf
+        self.best = torch.where(never.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.best)
+
+    def note(self, name: str, count: float) -> None:
+        """Adds to a count that doubts are raised from."""
+        self.notes[name] = self.notes.get(name, 0.0) + count
+
+    def progress(self, fraction: float) -> None:
+        """Tells the hook, if any, how much of the attack is done."""
+        if self.hook is not None:
+            self.hook(fraction)
+
+
+def targets_of(targets: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Some rows of targets that may be absent."""
+    return None if targets is None else targets[rows]
+
+
+def describe(trial: Trial) -> dict[str, Any]:
+    """Counts of a trial for logs: samples, hits, sure hits."""
+    return {"samples": len(trial.x), "hit": int(trial.hit.sum()), "sure": int(trial.sure.sum())}

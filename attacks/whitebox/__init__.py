@@ -1,0 +1,1 @@
+"""Attacks that take the model's gradients, one paper a file."""

@@ -1,0 +1,141 @@
+"""Checkpoints of a training: one safetensors file with weights, optimizer, average and place, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from robust.errors import RobustError, RunError
+from robust.optimise import Average, load_state_tensors, state_tensors
+
+CHECKPOINT = "checkpoint.safetensors"
+WEIGHTS = "model.safetensors"
+RECORD = "train.json"
+_MODEL, _AVERAGE, _OPTIMIZER = "model/", "average/", "optimizer/"
+
+
+@dataclass
+class Place:
+    """How far a training has come.
+
+    Attributes:
+        step: optimizer steps taken.
+        loss_sum: sum over the samples seen in the unfinished epoch.
+        seconds: time spent, over all interruptions.
+        history: one entry per finished epoch.
+    """
+
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def prepare_folder(out: str | Path, resume: bool) -> Path:
+    """The run folder `out`, made and proved writable; one that holds a training is only taken to `resume` it."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}); choose another out folder") from None
+    if not resume and (folder / CHECKPOINT).exists():
+        raise RunError(f"{folder} already holds a training; resume it, or choose another out folder")
+    return folder
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that is either whole or absent: a temporary file, flushed to disk, then renamed."""
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    _replace(path, lambda temporary: save_file(copies, temporary, metadata=dict(metadata or {"format": "pt"})))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file as atomically."""
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
+
+
+def save_checkpoint(
+    folder: Path,
+    place: Place,
+    identity: Mapping[str, Any],
+    module: nn.Module,
+    optimizer: Any,
+    average: Average | None,
+) -> None:
+    """Everything that the next step depends on, and the `identity` of the training it belongs to."""
+    tensors = {_MODEL + name: value for name, value in module.state_dict().items()}
+    tensors |= {_OPTIMIZER + name: value for name, value in state_tensors(optimizer).items()}
+    if average is not None:
+        tensors |= {_AVERAGE + name: value for name, value in average.state.items()}
+    header = {"place": json.dumps(vars(place)), "identity": json.dumps(identity, sort_keys=True)}
+    write_tensors(folder / CHECKPOINT, tensors, header)
+
+
+def load_checkpoint(
+    folder: Path,
+    identity: Mapping[str, Any],
+    module: nn.Module,
+    optimizer: Any,
+    average: Average | None,
+) -> Place:
+    """Restore the checkpoint in `folder`, if there is one, and say how far the training had come.
+
+    Raises:
+        RunError: the file is damaged, or belongs to a training with another `identity`.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return Place()
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        place = Place(**json.loads(header["place"]))
+        _same_training(path, json.loads(header["identity"]), json.loads(json.dumps(identity)))
+        module.load_state_dict(_below(_MODEL, tensors))
+        load_state_tensors(optimizer, _below(_OPTIMIZER, tensors))
+        if average is not None:
+            average.load(_below(_AVERAGE, tensors))
+    except RobustError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise RunError(f"{path} cannot be resumed from ({line}); delete it to start again") from None
+    return place
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _same_training(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name in {**stored, **wanted}:
+        if stored.get(name) != wanted.get(name):
+            raise RunError(
+                f"{path} belongs to a training with {name}={stored.get(name)}, not {wanted.get(name)}; "
+                "resume with the same, or choose another out folder"
+            )

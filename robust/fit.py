@@ -1,0 +1,358 @@
+"""The one training loop: keyed shuffling, schedules, averaged weights, checkpoints, and an exact resume after a kill.
+
+What is trained for is a `Loss` or a `robust.recipe.Recipe`. Every number the loop draws is a function of
+(seed, epoch, sample) or (seed, step), so that a run that was killed and resumed ends, on a CPU, with the same
+bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from robust import __version__
+from robust.checkpoint import (
+    RECORD,
+    WEIGHTS,
+    Place,
+    load_checkpoint,
+    prepare_folder,
+    save_checkpoint,
+    write_json,
+    write_tensors,
+)
+from robust.classifier import Classifier
+from robust.errors import DataError, RunError
+from robust.optimise import Average, Optimizer, Schedule, Settings, make_optimizer
+from robust.recipe import Loss, Recipe
+from robust.rng import derive
+
+if TYPE_CHECKING:
+    from robust.data import Data
+
+Augmentation = Callable[[Tensor, Tensor, int], Tensor]
+Validation = Callable[[Classifier], Mapping[str, float]]
+
+
+class Learner(Classifier):
+    """A classifier in training: a call runs in the module's own mode, and its gradients reach the weights.
+
+    Inside `session` (attacks, measurements) it is the classifier that it will be: evaluation mode, frozen weights.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of x (B, C, H, W) in the box, with a graph to the weights outside a session."""
+        return self._forward(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits as the finished classifier would give them, without a graph."""
+        with self.session(), torch.no_grad():
+            return self._forward(x)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands: what `progress` is called with after every step."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    seconds: float
+    seconds_left: float
+
+
+@dataclass
+class FitResult:
+    """A finished training.
+
+    Attributes:
+        classifier: the trained classifier (the given module, trained in place).
+        history: one entry per epoch: epoch, loss, lr, and what `valid` measured.
+        seconds: time spent, over all interruptions.
+        settings: what the loop was told.
+        out: the run folder, if any.
+    """
+
+    classifier: Classifier
+    history: list[dict[str, float]]
+    seconds: float
+    settings: Settings
+    out: Path | None
+
+
+def fit(
+    model: nn.Module | Classifier,
+    data: Data | tuple[Tensor, Tensor],
+    *,
+    loss: Loss | Recipe,
+    epochs: int,
+    batch_size: int = 128,
+    lr: float = 0.1,
+    optimizer: Optimizer = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    schedule: Schedule = "cosine",
+    warmup: float = 0.0,
+    milestones: tuple[float, ...] = (0.5, 0.75),
+    gamma: float = 0.1,
+    ema: float | None = None,
+    seed: int = 0,
+    channels_last: bool = False,
+    augment: Augmentation | None = None,
+    device: str | torch.device | None = None,
+    valid: Data | tuple[Tensor, Tensor] | Validation | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 30.0,
+    progress: Callable[[Progress], None] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> FitResult:
+    """Train `model` in place on `data` for `loss`; see `robust.optimise.Settings` for the numbers of the walk.
+
+    Args:
+        model: a module that returns logits, or a `Classifier` (which knows box and normalisation).
+        data: a `Data`, or (x, y): x (N, C, H, W) in the box, or uint8 for [0, 1]; y (N,) labels.
+        loss: a recipe, or any callable ``loss(clf, x, y, index, epoch_seed)``.
+        augment: ``augment(x, index, epoch_seed)``, for example `robust.augment.Augment(crop=4, flip=True)`.
+        valid: held-out data, whose accuracy goes into the history, or a callable that measures the classifier.
+        out: run folder: `model.safetensors` and `train.json` at the end, a checkpoint from time to time.
+        resume: continue from the checkpoint in `out`; a folder without one is started in.
+        checkpoint_seconds: time between two checkpoints.
+        progress: called after every step.
+        record: what `train.json` should say besides, for example the configuration of the run.
+
+    Raises:
+        RunError: the loss became NaN or infinite, or `out` cannot be written or resumed.
+    """
+    settings = Settings(
+        epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup,
+        tuple(milestones), gamma, ema, seed, channels_last,
+    )  # fmt: skip
+    given = model if isinstance(model, Classifier) else Classifier(model, device=device)
+    x, y = load_samples(data)
+    training = _Training(given, x, y, settings, loss, augment, valid)
+    folder = None if out is None else prepare_folder(out, resume)
+    result = training.run(folder, checkpoint_seconds, progress)
+    if folder is not None:
+        _write_results(training, result, folder, record)
+    return result
+
+
+def load_samples(data: Data | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(x, y) in memory; x as uint8 where it holds nothing but multiples of 1/255, which is a quarter of the size."""
+    x, y = data if isinstance(data, tuple) else data.tensors()
+    if len(x) == 0 or len(x) != len(y):
+        raise DataError(f"{len(x)} inputs and {len(y)} labels cannot be trained on; give one label per input")
+    if y.dim() != 1 or y.is_floating_point() or int(y.min()) < 0:
+        raise DataError(f"labels are {y.dtype} of shape {tuple(y.shape)}; they must be class numbers (N,) from 0")
+    return (x if x.dtype == torch.uint8 else _packed(x)), y.long()
+
+
+def _packed(x: Tensor) -> Tensor:
+    small = torch.empty(x.shape, dtype=torch.uint8)
+    for rows, target in zip(x.split(1024), small.split(1024), strict=True):
+        target.copy_((rows * 255).round().clamp(0, 255))
+        if not torch.equal(target.float() / 255, rows.float().cpu()):
+            return x.float()
+    return small
+
+
+class _Training:
+    """One training: what it works on, and the steps of its loop."""
+
+    def __init__(
+        self,
+        given: Classifier,
+        x: Tensor,
+        y: Tensor,
+        settings: Settings,
+        loss: Loss | Recipe,
+        augment: Augmentation | None,
+        valid: Data | tuple[Tensor, Tensor] | Validation | None,
+    ) -> None:
+        mean, std = given.mean.flatten().tolist(), given.std.flatten().tolist()
+        self.given, self.settings, self.recipe = given, settings, loss
+        self.clf = Learner(given.module, given.bounds, mean, std, given.device, given.name)
+        self.module = given.module
+        self.x, self.y = x.to(given.device), y.to(given.device)
+        self.augment, self.valid = augment, valid
+        if settings.channels_last:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(settings, self.module)
+        self.average = Average(self.module, settings.ema) if settings.ema is not None else None
+        # A last batch of one sample joins the one before it: batch normalisation cannot be trained on one.
+        alone = len(x) > settings.batch_size and len(x) % settings.batch_size == 1
+        self.per_epoch = math.ceil(len(x) / settings.batch_size) - alone
+        self.place = Place()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.settings.epochs * self.per_epoch
+
+    def identity(self) -> dict[str, Any]:
+        """What two trainings must share for one to continue the other."""
+        digest = hashlib.sha256(self.x.cpu().numpy().tobytes() + self.y.cpu().numpy().tobytes())
+        return {
+            **asdict(self.settings),
+            "loss": _described(self.recipe),
+            "augment": _described(self.augment),
+            "data": f"{tuple(self.x.shape)} sha256:{digest.hexdigest()}",
+            "model": self.clf.name,
+        }
+
+    def run(
+        self, folder: Path | None, checkpoint_seconds: float, progress: Callable[[Progress], None] | None
+    ) -> FitResult:
+        """All steps from the checkpoint, if any, to the end; the module is left in the mode it was found in."""
+        identity = self.identity() if folder is not None else {}
+        if folder is not None:
+            self.place = load_checkpoint(folder, identity, self.module, self.optimizer, self.average)
+        modes = [(module, module.training) for module in self.module.modules()]
+        devices = [self.clf.device] if self.clf.device.type == "cuda" else []
+        begun = saved = time.monotonic()
+        before = self.place.seconds
+        with torch.random.fork_rng(devices):
+            while self.place.step < self.steps:
+                event = self.advance()
+                now = time.monotonic()
+                self.place.seconds = before + now - begun
+                if folder is not None and (now - saved >= checkpoint_seconds or self.place.step == self.steps):
+                    save_checkpoint(folder, self.place, identity, self.module, self.optimizer, self.average)
+                    saved = time.monotonic()
+                if progress is not None:
+                    progress(self.event(*event, begun, before))
+        for module, training in modes:
+            module.training = training
+        if self.average is not None:
+            self.module.load_state_dict(self.average.state)
+        if self.settings.channels_last:
+            self.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return FitResult(self.given, self.place.history, self.place.seconds, self.settings, folder)
+
+    def advance(self) -> tuple[float, float]:
+        """One step, and the end of the epoch if it was its last; its loss and learning rate."""
+        step, seed = self.place.step, self.settings.seed
+        epoch, number = divmod(step, self.per_epoch)
+        rows = self.rows(epoch, number)
+        rate = self.settings.learning_rate(step, self.per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(derive(seed, "step", step))  # dropout and whatever else the module draws
+        self.module.train()
+        value = self.descend(rows, derive(seed, "epoch", epoch), step)
+        if self.average is not None:
+            self.average.update(self.module, step)
+        self.place.step += 1
+        self.place.loss_sum += value * len(rows)
+        if number == self.per_epoch - 1:
+            self.finish_epoch(epoch, rate)
+        return value, rate
+
+    def rows(self, epoch: int, number: int) -> Tensor:
+        """The samples (B,) of batch `number` in `epoch`."""
+        if number == 0 or not hasattr(self, "order") or self.order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive(self.settings.seed, "shuffle", epoch))
+            self.order = epoch, torch.randperm(len(self.x), generator=generator)
+        start = number * self.settings.batch_size
+        stop = len(self.x) if number == self.per_epoch - 1 else start + self.settings.batch_size
+        return self.order[1][start:stop].to(self.x.device)
+
+    def descend(self, rows: Tensor, epoch_seed: int, step: int) -> float:
+        """One descent on the loss of some samples; the loss before it."""
+        x, y = self.x[rows], self.y[rows]
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        if self.augment is not None:
+            x = self.augment(x, rows, epoch_seed)
+        recipe = self.recipe
+        loss = recipe.at(step / self.per_epoch).loss if isinstance(recipe, Recipe) else recipe
+        self.optimizer.zero_grad(set_to_none=True)
+        value = loss(self.clf, x, y, rows, epoch_seed)
+        number = float(value.detach())
+        if not math.isfinite(number):
+            where = f"epoch {step // self.per_epoch + 1}, step {step + 1}"
+            raise RunError(f"the loss became {number} in {where}; lower the learning rate (lr={self.settings.lr:g})")
+        value.backward()
+        self.optimizer.step()
+        return number
+
+    def finish_epoch(self, epoch: int, rate: float) -> None:
+        """Enter the epoch into the history, with what the validation measures on the weights it would end with."""
+        entry = {"epoch": epoch + 1.0, "loss": self.place.loss_sum / len(self.x), "lr": rate}
+        self.place.loss_sum = 0.0
+        if self.valid is not None:
+            averaged = nullcontext() if self.average is None else self.average.applied(self.module)
+            with averaged:
+                entry |= self.valid(self.clf) if callable(self.valid) else _accuracy(self.clf, self.valid)
+        self.place.history.append(entry)
+
+    def event(self, loss: float, lr: float, begun: float, before: float) -> Progress:
+        """Where the training stands after the step just taken."""
+        step = self.place.step
+        return Progress(
+            epoch=(step - 1) // self.per_epoch + 1,
+            epochs=self.settings.epochs,
+            step=step,
+            steps=self.steps,
+            loss=loss,
+            lr=lr,
+            seconds=self.place.seconds,
+            seconds_left=self.place.seconds / step * (self.steps - step),
+        )
+
+
+def _described(part: object) -> Any:
+    """A recipe, loss or augmentation as JSON: its name, and its fields where it is a dataclass."""
+    if is_dataclass(part) and not isinstance(part, type):
+        return {"name": type(part).__qualname__, **asdict(part)}
+    return None if part is None else getattr(part, "__qualname__", type(part).__qualname__)
+
+
+def _accuracy(clf: Classifier, data: Data | tuple[Tensor, Tensor]) -> dict[str, float]:
+    return {"valid_accuracy": accuracy(clf, data)}
+
+
+def accuracy(clf: Classifier, data: Data | tuple[Tensor, Tensor], batch_size: int = 256) -> float:
+    """The fraction of `data` that `clf` classifies correctly."""
+    x, y = load_samples(data)
+    right = 0
+    for inputs, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        scale = 255 if inputs.dtype == torch.uint8 else 1
+        right += int((clf.logits(inputs.float() / scale).argmax(1).cpu() == labels.cpu()).sum())
+    return right / len(x)
+
+
+def _write_results(
+    training: _Training, result: FitResult, folder: Path, record: Mapping[str, Any] | None
+) -> None:
+    """`model.safetensors` (the weights the model ended with) and `train.json` (how they came about)."""
+    write_tensors(folder / WEIGHTS, training.module.state_dict())
+    summary = {
+        "schema": 1,
+        "training": training.identity(),
+        "history": result.history,
+        "seconds": result.seconds,
+        "device": str(training.clf.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "robust": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        "weights_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+    }
+    write_json(folder / RECORD, {**(record or {}), **summary})

@@ -1,0 +1,6 @@
+"""Metrics: numbers that summarise a verdict, an attack or a defence, each by name."""
+
+from robust.registry import Registry
+
+REGISTRY = Registry("metric", {})
+get = REGISTRY.load

@@ -1,0 +1,80 @@
+"""The model zoo: architectures by name, and the weights that the project trained and ships.
+
+`zoo:NAME` of `robust.load_model` takes a name of `ENTRIES`, which comes with its weights, or of `ARCHITECTURES`, which
+needs weights from a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from robust.errors import ModelError
+from robust.registry import Registry
+
+ARCHITECTURES = {
+    "convnet": "robust.zoo.convnet:convnet",
+    "convnet-grey": "robust.zoo.convnet:convnet_grey",
+    "digits": "robust.zoo.digits:DigitsNet",
+    "lenet5": "robust.zoo.lenet5:LeNet5",
+    "resnet20": "robust.zoo.resnet_cifar:resnet20",
+    "resnet32": "robust.zoo.resnet_cifar:resnet32",
+    "resnet44": "robust.zoo.resnet_cifar:resnet44",
+    "resnet56": "robust.zoo.resnet_cifar:resnet56",
+    "resnet110": "robust.zoo.resnet_cifar:resnet110",
+}
+REGISTRY = Registry("model", ARCHITECTURES)
+get = REGISTRY.load
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A trained model that is shipped.
+
+    Attributes:
+        architecture: a name of `ARCHITECTURES`.
+        weights: file name in the folder `weights` beside this module.
+        data: what it was trained on, as `load_data` names it.
+        recipe: the configuration that trained it, relative to the experiments' folder.
+        card: one line on what it is.
+        mean: what is subtracted from the input first, one number or one per channel.
+        std: what the input is divided by then.
+    """
+
+    architecture: str
+    weights: str
+    data: str
+    recipe: str
+    card: str
+    mean: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The weights' file; a `ModelError` says how to make it where it is absent."""
+        path = WEIGHTS / self.weights
+        if not path.is_file():
+            raise ModelError(
+                f"the zoo's weights {path} are absent; reinstall robust-toolkit, or train them with the recipe {self.recipe}"
+            )
+        return path
+
+
+ENTRIES = {
+    "digits": Entry(
+        architecture="digits",
+        weights="digits.safetensors",
+        data="digits",
+        recipe="train/digits.toml",
+        card="Standard training on scikit-learn's digits: undefended, the embedded default",
+    ),
+    "digits-at": Entry(
+        architecture="digits",
+        weights="digits-at.safetensors",
+        data="digits",
+        recipe="train/digits-at.toml",
+        card="PGD adversarial training (Madry et al. 2018) on scikit-learn's digits, linf 0.2",
+    ),
+}

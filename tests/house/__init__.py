@@ -1,0 +1,1 @@
+"""Tests of the house itself: its packages, laws, documents and scripts."""
