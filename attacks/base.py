@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,6 @@ from robust.classifier import Classifier
 from robust.cost import Cost
 from robust.errors import DataError, RobustError, ThreatError
 from robust.oracle import Oracle
-from robust.rng import derive
 from robust.threat import Threat
 
 Until = Literal["strongest", "broken", "smallest"]
@@ -77,6 +77,7 @@ class Attack:
         targets: Tensor | None = None,
         seed: int = 0,
         index: Tensor | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> Result:
         """Attacks every sample and measures what came out.
 
@@ -87,6 +88,7 @@ class Attack:
             targets: (N,) classes to reach; None to leave y.
             seed: with `index`, the key of all randomness.
             index: (N,) identities of the samples, 0…N−1 if None.
+            progress: called now and then with the fraction done.
 
         Raises:
             RobustError: a wrong shape, class, norm or radius, in one line.
@@ -98,6 +100,7 @@ class Attack:
         if len(x) == 0:
             return Result(x.clone(), torch.zeros(0, dtype=torch.bool), torch.zeros(0).double(), Cost())
         trial = Trial(self, model, x, y, targets=targets, seed=seed, index=index)
+        trial.hook = progress
         with trial.session():
             if trial.searching():
                 self.attack(trial)
@@ -165,7 +168,3 @@ def _cast(x_adv: Tensor, x: Tensor, success: Tensor, threat: Threat, bounds: tup
     success &= stays
     return torch.where(stays.view(-1, *[1] * (x.dim() - 1)), cast, x)
 
-
-def keyed_generator(seed: int, *names: int | str) -> torch.Generator:
-    """A CPU generator for long noise streams, seeded by its key."""
-    return torch.Generator().manual_seed(derive(seed, *names))

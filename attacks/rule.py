@@ -38,6 +38,7 @@ class Setting:
     bounds: Bounds
     seed: int
     classes: int
+    targeted: bool = False
 
     def ball(self, state: State) -> Threat:
         """The threat of the state's rows, when eps is one per sample."""

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from robust.attacks.query import Answer, Query, ask
 from robust.classifier import Classifier, clear, misclassified
-from robust.cost import Cost
 from robust.decide import decide
 from robust.oracle import Oracle
 from robust.rng import derive
@@ -56,7 +55,6 @@ class Trial:
         self.sure = torch.zeros_like(self.hit)
         self.score = torch.full((len(x),), -torch.inf, device=device)
         self.queries = 0
-        self.cost = Cost()
         self.notes: dict[str, float] = {}
         self.hook: Hook | None = None
         self._clean: Tensor | None = None
@@ -154,6 +152,22 @@ class Trial:
         never = self.score == -torch.inf
         self.best = torch.where(never.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.best)
 
+    def part(self, attack: Attack, rows: Tensor) -> Trial:
+        """A trial of another attack on some of the samples, sharing this one's model and counts of clean points."""
+        picked = targets_of(self.targets, rows)
+        index = self.index[rows.cpu()]
+        other = Trial(attack, self.model, self.x[rows], self.y[rows], targets=picked, seed=self.seed, index=index)
+        other._clean = self.clean[rows]
+        other.hook = self.hook
+        return other
+
+    def absorb(self, rows: Tensor, other: Trial) -> None:
+        """Takes what another trial found on `rows`, with its counts."""
+        self.offer(rows, other.best, other.hit, other.sure, other.score)
+        self.queries += other.queries
+        for name, count in other.notes.items():
+            self.note(name, count)
+
     def note(self, name: str, count: float) -> None:
         """Adds to a count that doubts are raised from."""
         self.notes[name] = self.notes.get(name, 0.0) + count
@@ -168,7 +182,3 @@ def targets_of(targets: Tensor | None, rows: Tensor) -> Tensor | None:
     """Some rows of targets that may be absent."""
     return None if targets is None else targets[rows]
 
-
-def describe(trial: Trial) -> dict[str, Any]:
-    """Counts of a trial for logs: samples, hits, sure hits."""
-    return {"samples": len(trial.x), "hit": int(trial.hit.sum()), "sure": int(trial.sure.sum())}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from robust.errors import RobustError, RunError
@@ -54,28 +54,30 @@ def prepare_folder(out: str | Path, resume: bool) -> Path:
     return folder
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file that is either whole or absent: a temporary file, flushed to disk, then renamed."""
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    _replace(path, lambda temporary: save_file(copies, temporary, metadata=dict(metadata or {"format": "pt"})))
+    _replace(path, save(copies, metadata=dict(metadata or {"format": "pt"})))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file as atomically."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    _replace(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _replace(path: Path, write: Any) -> None:
+def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
+        raise RunError(f"{path} cannot be written ({error.strerror}); free its place, then resume") from None
 
 
 def save_checkpoint(

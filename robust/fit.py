@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,7 @@ class FitResult:
         history: one entry per epoch: epoch, loss, lr, and what `valid` measured.
         seconds: time spent, over all interruptions.
         settings: what the loop was told.
+        record: what `train.json` says: settings, data, history, versions.
         out: the run folder, if any.
     """
 
@@ -90,6 +92,7 @@ class FitResult:
     history: list[dict[str, float]]
     seconds: float
     settings: Settings
+    record: dict[str, Any]
     out: Path | None
 
 
@@ -100,8 +103,8 @@ def fit(
     loss: Loss | Recipe,
     epochs: int,
     batch_size: int = 128,
-    lr: float = 0.1,
-    optimizer: Optimizer = "sgd",
+    lr: float = 1e-3,
+    optimizer: Optimizer = "adam",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     schedule: Schedule = "cosine",
@@ -145,10 +148,14 @@ def fit(
     x, y = load_samples(data)
     training = _Training(given, x, y, settings, loss, augment, valid)
     folder = None if out is None else prepare_folder(out, resume)
-    result = training.run(folder, checkpoint_seconds, progress)
+    training.run(folder, checkpoint_seconds, progress)
+    summary = {**(record or {}), **training.summary()}
     if folder is not None:
-        _write_results(training, result, folder, record)
-    return result
+        write_tensors(folder / WEIGHTS, training.module.state_dict())
+        summary["weights_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        write_json(folder / RECORD, summary)
+    place = training.place
+    return FitResult(given, place.history, place.seconds, settings, summary, folder)
 
 
 def load_samples(data: Data | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -157,7 +164,9 @@ def load_samples(data: Data | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if len(x) == 0 or len(x) != len(y):
         raise DataError(f"{len(x)} inputs and {len(y)} labels cannot be trained on; give one label per input")
     if y.dim() != 1 or y.is_floating_point() or int(y.min()) < 0:
-        raise DataError(f"labels are {y.dtype} of shape {tuple(y.shape)}; they must be class numbers (N,) from 0")
+        raise DataError(
+            f"labels are {y.dtype} of shape {tuple(y.shape)}; they must be class numbers (N,) from 0"
+        )
     return (x if x.dtype == torch.uint8 else _packed(x)), y.long()
 
 
@@ -184,19 +193,20 @@ class _Training:
         valid: Data | tuple[Tensor, Tensor] | Validation | None,
     ) -> None:
         mean, std = given.mean.flatten().tolist(), given.std.flatten().tolist()
-        self.given, self.settings, self.recipe = given, settings, loss
+        self.settings, self.recipe = settings, loss
         self.clf = Learner(given.module, given.bounds, mean, std, given.device, given.name)
         self.module = given.module
         self.x, self.y = x.to(given.device), y.to(given.device)
         self.augment, self.valid = augment, valid
         if settings.channels_last:
-            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.module.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(settings, self.module)
         self.average = Average(self.module, settings.ema) if settings.ema is not None else None
         # A last batch of one sample joins the one before it: batch normalisation cannot be trained on one.
         alone = len(x) > settings.batch_size and len(x) % settings.batch_size == 1
         self.per_epoch = math.ceil(len(x) / settings.batch_size) - alone
         self.place = Place()
+        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @property
     def steps(self) -> int:
@@ -211,37 +221,56 @@ class _Training:
             "loss": _described(self.recipe),
             "augment": _described(self.augment),
             "data": f"{tuple(self.x.shape)} sha256:{digest.hexdigest()}",
-            "model": self.clf.name,
+            "model": type(self.module).__qualname__,
         }
 
     def run(
         self, folder: Path | None, checkpoint_seconds: float, progress: Callable[[Progress], None] | None
-    ) -> FitResult:
+    ) -> None:
         """All steps from the checkpoint, if any, to the end; the module is left in the mode it was found in."""
         identity = self.identity() if folder is not None else {}
         if folder is not None:
             self.place = load_checkpoint(folder, identity, self.module, self.optimizer, self.average)
         modes = [(module, module.training) for module in self.module.modules()]
         devices = [self.clf.device] if self.clf.device.type == "cuda" else []
-        begun = saved = time.monotonic()
-        before = self.place.seconds
-        with torch.random.fork_rng(devices):
-            while self.place.step < self.steps:
-                event = self.advance()
-                now = time.monotonic()
-                self.place.seconds = before + now - begun
-                if folder is not None and (now - saved >= checkpoint_seconds or self.place.step == self.steps):
-                    save_checkpoint(folder, self.place, identity, self.module, self.optimizer, self.average)
-                    saved = time.monotonic()
-                if progress is not None:
-                    progress(self.event(*event, begun, before))
-        for module, training in modes:
-            module.training = training
+        begun, saved = time.monotonic() - self.place.seconds, time.monotonic()
+        try:
+            with torch.random.fork_rng(devices):
+                while self.place.step < self.steps:
+                    loss, rate = self.advance()
+                    self.place.seconds = time.monotonic() - begun
+                    due = time.monotonic() - saved >= checkpoint_seconds
+                    if folder is not None and (due or self.place.step == self.steps):
+                        save_checkpoint(
+                            folder, self.place, identity, self.module, self.optimizer, self.average
+                        )
+                        saved = time.monotonic()
+                    if progress is not None:
+                        progress(self.event(loss, rate))
+        finally:
+            for module, training in modes:
+                module.training = training
         if self.average is not None:
             self.module.load_state_dict(self.average.state)
         if self.settings.channels_last:
-            self.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        return FitResult(self.given, self.place.history, self.place.seconds, self.settings, folder)
+            self.module.to(memory_format=torch.contiguous_format)
+
+    def summary(self) -> dict[str, Any]:
+        """What was trained, on what, how, when and with which versions."""
+        return {
+            "schema": 1,
+            "training": self.identity(),
+            "history": self.place.history,
+            "seconds": self.place.seconds,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": str(self.clf.device),
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "robust": __version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+        }
 
     def advance(self) -> tuple[float, float]:
         """One step, and the end of the epoch if it was its last; its loss and learning rate."""
@@ -264,7 +293,7 @@ class _Training:
 
     def rows(self, epoch: int, number: int) -> Tensor:
         """The samples (B,) of batch `number` in `epoch`."""
-        if number == 0 or not hasattr(self, "order") or self.order[0] != epoch:
+        if self.order[0] != epoch:
             generator = torch.Generator().manual_seed(derive(self.settings.seed, "shuffle", epoch))
             self.order = epoch, torch.randperm(len(self.x), generator=generator)
         start = number * self.settings.batch_size
@@ -285,7 +314,9 @@ class _Training:
         number = float(value.detach())
         if not math.isfinite(number):
             where = f"epoch {step // self.per_epoch + 1}, step {step + 1}"
-            raise RunError(f"the loss became {number} in {where}; lower the learning rate (lr={self.settings.lr:g})")
+            raise RunError(
+                f"the loss became {number} in {where}; lower the learning rate (lr={self.settings.lr:g})"
+            )
         value.backward()
         self.optimizer.step()
         return number
@@ -300,7 +331,7 @@ class _Training:
                 entry |= self.valid(self.clf) if callable(self.valid) else _accuracy(self.clf, self.valid)
         self.place.history.append(entry)
 
-    def event(self, loss: float, lr: float, begun: float, before: float) -> Progress:
+    def event(self, loss: float, lr: float) -> Progress:
         """Where the training stands after the step just taken."""
         step = self.place.step
         return Progress(
@@ -334,25 +365,3 @@ def accuracy(clf: Classifier, data: Data | tuple[Tensor, Tensor], batch_size: in
         scale = 255 if inputs.dtype == torch.uint8 else 1
         right += int((clf.logits(inputs.float() / scale).argmax(1).cpu() == labels.cpu()).sum())
     return right / len(x)
-
-
-def _write_results(
-    training: _Training, result: FitResult, folder: Path, record: Mapping[str, Any] | None
-) -> None:
-    """`model.safetensors` (the weights the model ended with) and `train.json` (how they came about)."""
-    write_tensors(folder / WEIGHTS, training.module.state_dict())
-    summary = {
-        "schema": 1,
-        "training": training.identity(),
-        "history": result.history,
-        "seconds": result.seconds,
-        "device": str(training.clf.device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "robust": __version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
-        "weights_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
-    }
-    write_json(folder / RECORD, {**(record or {}), **summary})

@@ -41,8 +41,8 @@ class Settings:
 
     epochs: int
     batch_size: int = 128
-    lr: float = 0.1
-    optimizer: Optimizer = "sgd"
+    lr: float = 1e-3
+    optimizer: Optimizer = "adam"
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
@@ -62,7 +62,9 @@ class Settings:
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
         _require("warmup", self.warmup, 0 <= self.warmup < math.inf, "0 epochs or more")
-        _require("milestones", self.milestones, all(0 < m < 1 for m in self.milestones), "fractions in (0, 1)")
+        _require(
+            "milestones", self.milestones, all(0 < m < 1 for m in self.milestones), "fractions in (0, 1)"
+        )
         _require("gamma", self.gamma, 0 < self.gamma <= 1, "in (0, 1]")
         _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "in (0, 1), or none")
 

@@ -53,20 +53,17 @@ def l1_shrink(delta: Tensor, room: Tensor, eps: Tensor) -> Tensor:
         slope = ((left > 0) & (left < room)).sum(1, keepdim=True)
         return total - eps, slope
 
-    low = torch.zeros_like(eps)
+    low, t = torch.zeros_like(eps), torch.zeros_like(eps)
     high = size.amax(1, keepdim=True)
-    t = low
     inside = excess(low)[0] <= 0
     for _ in range(_ROUNDS):
         over, slope = excess(t)
+        if bool(((over.abs() <= 1e-6 * eps) | inside).all()):
+            break
         low, high = torch.where(over > 0, t, low), torch.where(over > 0, high, t)
         newton = t + over / slope.clamp_min(1)
-        valid = (newton >= low) & (newton <= high) & (slope > 0)
-        following = torch.where(valid, newton, (low + high) / 2)
-        settled = ((following - t).abs() <= 1e-7 * high.clamp_min(_TINY)) | inside
-        t = following
-        if bool(settled.all()):
-            break
+        valid = (newton > low) & (newton < high) & (slope > 0)
+        t = torch.where(valid, newton, (low + high) / 2)
     return torch.where(inside, torch.zeros_like(t), t)
 
 

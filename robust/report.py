@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,27 @@ import torch
 from torch import Tensor
 
 from robust import report_figures as figures
+from robust.rows import Source, as_source
 
 if TYPE_CHECKING:
-    from robust.data import Data
     from robust.verdict import Verdict
 
 GALLERY = 12
 _TABLE_CLASSES = 20
-_COUNTS = ("forwards", "backwards", "queries", "seconds")
+_ELSEWHERE = (
+    "stages",
+    "warnings",
+    "cost",
+    "results",
+    "plan",
+    "command",
+)  # parts of the manifest shown elsewhere
 
 
 def write_report(
     verdict: Verdict,
-    x: Tensor | Data,
-    y: Tensor,
+    x: Any,
+    y: Tensor | None,
     clf: Any,
     path: str | Path,
     *,
@@ -36,9 +44,8 @@ def write_report(
 
     Args:
         verdict: the outcome to show.
-        x: the clean inputs (N, C, H, W) in the model's box, or the data that holds them.
-        y: true labels (N,).
-        clf: the model, for the gallery's confidences; an object without `logits` (an oracle) or None leaves them out.
+        x, y: the data, as given to `evaluate`.
+        clf: the model; nothing is asked of it, since the verdict holds its answers.
         path: where to write; the file appears whole or not at all.
         classes: class names; default: the data's, or the label numbers.
     """
@@ -49,7 +56,9 @@ def write_report(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(percent=percent, count=count, eps=figures.eps_text)
-    page = environment.get_template("report.html.j2").render(_context(verdict, x, y, clf, classes))
+    page = environment.get_template("report.html.j2").render(
+        _context(verdict, x if hasattr(x, "batch") else as_source(x, y), classes)
+    )
     target = Path(path)
     unfinished = target.with_name(target.name + ".part")
     unfinished.write_text(page, encoding="utf-8")
@@ -74,8 +83,8 @@ def clopper_pearson(successes: int, total: int, level: float = 0.95) -> tuple[fl
 
 
 def percent(fraction: float) -> str:
-    """A fraction as people read it, with one decimal: ``91.2 %``."""
-    return f"{100 * fraction:.1f} %"
+    """A fraction as people read it, with one decimal and a space that does not break: ``91.2 %``."""
+    return f"{100 * fraction:.1f}\u00a0%"
 
 
 def count(value: float) -> str:
@@ -93,23 +102,20 @@ class Step:
     after: int
 
 
-def _context(
-    verdict: Verdict, x: Tensor | Data, y: Tensor, clf: Any, classes: Sequence[str] | None
-) -> dict[str, Any]:
-    labels = y.detach().cpu().long()
-    names = _class_names(verdict, x, labels, classes)
-    total = len(labels)
+def _context(verdict: Verdict, source: Source, classes: Sequence[str] | None) -> dict[str, Any]:
+    manifest = verdict.manifest
+    names = _class_names(verdict, classes or manifest["data"]["classes"])
+    total = len(verdict)
     correct, robust = int(verdict.correct.sum()), int(verdict.robust.sum())
-    threat = verdict.threat
     points = _points(verdict, total)
-    bound = figures.bound_from_distances(verdict.correct.cpu(), verdict.distance.cpu())
-    manifest: Mapping[str, Any] = verdict.manifest
+    bound = figures.bound_from_distances(verdict.correct, verdict.distance)
+    chance = 1 / max(manifest["model"]["classes"], 2)
     return {
-        "model": _name(manifest, "model", getattr(clf, "name", None)),
-        "data": _name(manifest, "data", getattr(x, "name", None)),
-        "norm": threat.norm,
-        "eps": _eps(threat),
-        "suite": _suite(verdict.suite),
+        "model": manifest["model"]["name"],
+        "data": manifest["data"]["name"],
+        "norm": verdict.threat.norm,
+        "eps": verdict.curve[-1][0],
+        "suite": verdict.suite.replace(",", ", "),
         "total": total,
         "correct": correct,
         "robust": robust,
@@ -117,50 +123,46 @@ def _context(
         "standing": _with_interval(robust, total),
         "steps": _waterfall(verdict, total),
         "points": points,
-        "curve": figures.curve_svg(points, bound, norm=threat.norm, chance=1 / max(len(names), 2)),
-        "chance": 1 / max(len(names), 2),
+        "curve": figures.curve_svg(points, bound, norm=verdict.threat.norm, chance=chance),
+        "chance": chance,
         "distances": _distances(verdict),
-        "gallery": _gallery(verdict, x, labels, clf, names),
-        "broken": sum(by is not None for by in verdict.broken_by),
-        **_confusion(verdict, labels, names),
-        "stages": _stages(manifest),
-        "cost": {key: verdict.cost.get(key, 0) for key in _COUNTS},
+        "gallery": _gallery(verdict, source, names),
+        "broken": correct - robust,
+        **_confusion(verdict, names),
+        "stages": manifest["stages"],
+        "cost": verdict.cost,
         "warnings": list(verdict.warnings),
         "facts": _facts(manifest),
         "out": str(verdict.out) if verdict.out else None,
-        "seed": manifest.get("seed"),
-        "manifest": json.dumps(manifest, indent=2, default=str, ensure_ascii=False),
+        "seed": verdict.seed,
+        "command": _command(manifest),
+        "manifest": json.dumps(manifest, indent=2, ensure_ascii=False),
     }
 
 
-def _class_names(
-    verdict: Verdict, x: Tensor | Data, y: Tensor, classes: Sequence[str] | None
-) -> tuple[str, ...]:
-    """A name for every label that occurs; labels beyond the given names are called by their number."""
-    known = tuple(classes or getattr(x, "classes", None) or ())
-    seen = torch.cat([y, verdict.clean_predictions.cpu().long(), verdict.adversarial_predictions.cpu().long()])
-    highest = int(seen.max()) + 1 if len(seen) else 0
-    return known + tuple(str(label) for label in range(len(known), highest))
+def _worst(verdict: Verdict) -> Tensor:
+    """(N,) the prediction on the worst input found: the example's, or the clean point's where none was found."""
+    broken = torch.tensor([by is not None for by in verdict.broken_by], dtype=torch.bool)
+    return torch.where(broken, verdict.adversarial_predictions, verdict.clean_predictions)
+
+
+def _class_names(verdict: Verdict, known: Sequence[str]) -> tuple[str, ...]:
+    """A name for every label that occurs; labels beyond the known names are called by their number."""
+    highest = int(torch.cat([verdict.labels, verdict.clean_predictions, _worst(verdict)]).max())
+    return (*known, *(str(label) for label in range(len(known), highest + 1)))
+
+
+def _command(manifest: Mapping[str, Any]) -> str | None:
+    """The command line that made the verdict, if it was one of ours."""
+    program, *arguments = manifest["command"] or [""]
+    if not arguments or Path(program).name not in ("robust", "__main__.py"):
+        return None
+    return shlex.join(["robust", *arguments])
 
 
 def _called(names: Sequence[str], label: int) -> str:
     """A prediction's name; -1 stands for an answer that was no number."""
     return names[label] if label >= 0 else "NaN"
-
-
-def _name(manifest: Mapping[str, Any], key: str, fallback: str | None) -> str:
-    entry = manifest.get(key)
-    if isinstance(entry, Mapping):
-        entry = entry.get("name") or entry.get("spec")
-    return str(entry or fallback or "a " + key)
-
-
-def _suite(suite: str | Sequence[str]) -> str:
-    return suite if isinstance(suite, str) else ", ".join(suite)
-
-
-def _eps(threat: Any) -> float:
-    return float(torch.as_tensor(threat.eps).double().max())
 
 
 def _with_interval(successes: int, total: int) -> dict[str, float]:
@@ -188,8 +190,9 @@ def _waterfall(verdict: Verdict, total: int) -> list[Step]:
 
 
 def _attack_order(verdict: Verdict) -> list[str]:
-    ran = [str(stage["attack"]) for stage in verdict.manifest.get("stages", ())]
-    return list(dict.fromkeys([*ran, *(by for by in verdict.broken_by if by is not None)]))
+    return list(
+        dict.fromkeys(stage["attack"] for stage in verdict.manifest["stages"] if stage["attack"] != "clean")
+    )
 
 
 def _distances(verdict: Verdict) -> dict[str, float] | None:
@@ -197,14 +200,6 @@ def _distances(verdict: Verdict) -> dict[str, float] | None:
     if not len(found):
         return None
     return {"least": float(found.min()), "median": float(found.median()), "most": float(found.max())}
-
-
-def _stages(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for stage in manifest.get("stages", ()):
-        cost = stage.get("cost", {})
-        rows.append({**stage, "cost": {key: cost.get(key, 0) for key in _COUNTS}})
-    return rows
 
 
 def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -215,50 +210,55 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif isinstance(value, (str, int, float, bool)) and value != "":
-            facts.append((prefix, str(value)))
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (str, int, float)) for v in value):
-            facts.append((prefix, ", ".join(map(str, value[:12]))))
+        elif isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
+            facts.append((prefix, ", ".join(map(_fact, value[:12])) + (", ..." if len(value) > 12 else "")))
+        elif isinstance(value, (str, int, float)):
+            facts.append((prefix, _fact(value)))
 
-    walk("", {key: value for key, value in manifest.items() if key not in ("stages", "warnings", "cost")})
+    walk("", {key: value for key, value in manifest.items() if key not in _ELSEWHERE})
     return facts
 
 
-def _gallery(
-    verdict: Verdict, x: Tensor | Data, y: Tensor, clf: Any, names: Sequence[str]
-) -> list[dict[str, Any]]:
+def _fact(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
+
+
+def _gallery(verdict: Verdict, source: Source, names: Sequence[str]) -> list[dict[str, Any]]:
     """Up to `GALLERY` broken samples, taken from every attack in turn, as clean, perturbation and adversarial."""
     rows = _chosen(verdict.broken_by)
     if not rows:
         return []
-    clean = torch.stack([_image(x, row) for row in rows])
-    adversarial = verdict.adversarial[rows].detach().cpu().float()
-    before, after = _confidence(clf, clean, y, rows), _confidence(clf, adversarial, y, rows)
-    low, high = (float(value) for value in getattr(clf, "bounds", (0.0, 1.0)))
-    cards = []
-    for i, row in enumerate(rows):
-        change, factor = figures.magnified(clean[i], adversarial[i], high - low)
-        was, now = int(verdict.clean_predictions[row]), int(verdict.adversarial_predictions[row])
-        cards.append(
-            {
-                "row": row,
-                "true": names[int(y[row])],
-                "was": _called(names, was),
-                "now": _called(names, now),
-                "was_confidence": before[i],
-                "now_confidence": after[i],
-                "by": verdict.broken_by[row],
-                "distance": float(verdict.distance[row]),
-                "factor": factor,
-                "images": [
-                    figures.png((clean[i] - low) / (high - low)),
-                    figures.png(change),
-                    figures.png((adversarial[i] - low) / (high - low)),
-                ],
-                "pixelated": max(clean.shape[2:]) <= 96,
-            }
-        )
-    return cards
+    clean = source.batch(rows)[0].detach().cpu().float()
+    place = {int(row): i for i, row in enumerate(verdict.adversarial_index)}
+    return [
+        _card(verdict, row, clean[i], verdict.adversarial[place[row]], names) for i, row in enumerate(rows)
+    ]
+
+
+def _card(
+    verdict: Verdict, row: int, clean: Tensor, adversarial: Tensor, names: Sequence[str]
+) -> dict[str, Any]:
+    low, high = verdict.manifest["model"]["bounds"]
+    change, factor = figures.magnified(clean, adversarial, high - low)
+    samples = verdict.samples
+    # An oracle may give labels only, so the verdict has no confidences of it.
+    shown = not verdict.manifest["model"]["oracle"]
+    return {
+        "row": row,
+        "true": names[samples.y[row]],
+        "was": _called(names, samples.prediction[row]),
+        "now": _called(names, samples.adversarial_prediction[row]),
+        "was_confidence": samples.confidence[row] if shown else None,
+        "now_confidence": samples.adversarial_confidence[row] if shown else None,
+        "by": samples.broken_by[row],
+        "distance": samples.distance[row],
+        "factor": factor,
+        "images": [figures.png((image - low) / (high - low)) for image in (clean, adversarial)],
+        "change": figures.png(change),
+        "pixelated": max(clean.shape[1:]) <= 96,
+    }
 
 
 def _chosen(broken_by: Sequence[str | None]) -> list[int]:
@@ -272,36 +272,31 @@ def _chosen(broken_by: Sequence[str | None]) -> list[int]:
     return sorted(rows[:GALLERY])
 
 
-def _image(x: Tensor | Data, row: int) -> Tensor:
-    return x[row].detach().cpu().float() if isinstance(x, Tensor) else x[row][0].float()
-
-
-def _confidence(clf: Any, x: Tensor, y: Tensor, rows: Sequence[int]) -> list[float | None]:
-    """The model's probability for its own prediction; None for a model that shows no probabilities."""
-    from robust.classifier import Classifier
-    from robust.decide import decide
-
-    if not isinstance(clf, Classifier):
-        return [None] * len(rows)
-    decision = decide(clf, x, y[rows], index=torch.tensor(rows))
-    return [float(value) for value in decision.confidence]
-
-
-def _confusion(verdict: Verdict, y: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """True label against the worst prediction found; a full table for few classes, the commonest pairs for many."""
-    worst = verdict.adversarial_predictions.cpu().long()
-    columns = [*range(len(names)), *([-1] if bool((worst < 0).any()) else [])]
-    pairs, counts = torch.unique(torch.stack([y, worst]), dim=1, return_counts=True)
-    cells = {(int(t), int(p)): int(k) for (t, p), k in zip(pairs.T.tolist(), counts, strict=True)}
-    common = sorted(((k, t, p) for (t, p), k in cells.items() if t != p), key=lambda row: (-row[0], row[1:]))
-    swaps = [{"true": names[t], "now": _called(names, p), "count": k} for k, t, p in common[:15]]
-    table = None
-    if len(names) <= _TABLE_CLASSES:
-        rows = [[cells.get((t, p), 0) for p in columns] for t in range(len(names))]
-        table = [{"name": name, "counts": row, "total": sum(row)} for name, row in zip(names, rows, strict=True)]
+def _confusion(verdict: Verdict, names: Sequence[str]) -> dict[str, Any]:
+    """True label against the prediction, clean and on the worst input found; for many classes the commonest pairs."""
+    y, clean, worst = verdict.labels, verdict.clean_predictions, _worst(verdict)
+    columns = [*range(len(names)), *([-1] if min(int(worst.min()), int(clean.min())) < 0 else [])]
+    common = sorted(
+        ((k, t, p) for (t, p), k in _cells(y, worst).items() if t != p), key=lambda row: (-row[0], row[1:])
+    )
+    few = len(names) <= _TABLE_CLASSES
+    titles = (("Clean inputs", clean), ("Worst inputs found", worst))
     return {
-        "confusion": table,
-        "swaps": swaps,
+        "matrices": [(title, _matrix(y, p, names, columns)) for title, p in titles] if few else [],
+        "swaps": [{"true": names[t], "now": _called(names, p), "count": k} for k, t, p in common[:15]],
         "names": [_called(names, p) for p in columns],
         "short_names": all(len(name) <= 3 for name in names),
     }
+
+
+def _cells(y: Tensor, predictions: Tensor) -> dict[tuple[int, int], int]:
+    pairs, counts = torch.unique(torch.stack([y, predictions]), dim=1, return_counts=True)
+    return {(t, p): int(k) for (t, p), k in zip(pairs.T.tolist(), counts, strict=True)}
+
+
+def _matrix(
+    y: Tensor, predictions: Tensor, names: Sequence[str], columns: Sequence[int]
+) -> list[dict[str, Any]]:
+    cells = _cells(y, predictions)
+    rows = [[cells.get((t, p), 0) for p in columns] for t in range(len(names))]
+    return [{"name": name, "counts": row, "total": sum(row)} for name, row in zip(names, rows, strict=True)]

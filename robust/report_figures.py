@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 WIDTH, HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 16, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 16, 52
 _LARGEST_SIDE = 320
+_VISIBLE = 0.4  # how far from mid-grey the largest change is shown
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,17 @@ def eps_text(eps: float) -> str:
     """A radius as people write it: ``8/255`` where it is one, a short decimal otherwise."""
     if math.isinf(eps):
         return "∞"
+    if abs(round(eps, 3) - eps) < 1e-6:
+        return f"{round(eps, 3):g}"
     levels = eps * 255
-    if abs(float(f"{eps:.4g}") - eps) > 1e-9 and abs(levels * 2 - round(levels * 2)) < 1e-4:
+    if levels < 64 and abs(levels * 4 - round(levels * 4)) < 1e-3:
         return f"{levels:.3g}/255"
     return f"{eps:.4g}"
 
 
-def curve_svg(points: Sequence[Point], bound: Sequence[tuple[float, float]], *, norm: str, chance: float) -> str:
+def curve_svg(
+    points: Sequence[Point], bound: Sequence[tuple[float, float]], *, norm: str, chance: float
+) -> str:
     """Accuracy against the radius: measured points with whiskers, and the bound that the found examples give.
 
     Args:
@@ -135,7 +140,7 @@ def _thinned(corners: list[tuple[float, float]], most: int = 200) -> list[tuple[
     if len(corners) <= most:
         return corners
     stride = math.ceil(len(corners) / most)
-    kept = corners[:: stride]
+    kept = corners[::stride]
     return kept if kept[-1] == corners[-1] else [*kept, corners[-1]]
 
 
@@ -164,7 +169,7 @@ def magnified(clean: Tensor, adversarial: Tensor, width: float) -> tuple[Tensor,
     """
     change = (adversarial.double() - clean.double()) / width
     largest = float(change.abs().max())
-    factor = max(1, math.floor(0.5 / largest)) if largest > 0 else 1
+    factor = max(1, math.floor(_VISIBLE / largest)) if largest > 0 else 1
     if factor > 20:
         scale = 10 ** (len(str(factor)) - 2)
         factor = factor // scale * scale

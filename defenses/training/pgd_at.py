@@ -45,7 +45,9 @@ class PGDAT(Recipe):
 
     def __post_init__(self) -> None:
         if not 0 < self.eps < math.inf:
-            raise ConfigError(f"eps={self.eps} is no radius to train at; it must be a positive number such as 8/255")
+            raise ConfigError(
+                f"eps={self.eps} is no radius to train at; it must be a positive number such as 8/255"
+            )
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} leaves no inner attack; it must be 1 or more")
         if self.step_size is not None and not 0 < self.step_size < math.inf:

@@ -13,10 +13,12 @@ import typer.main
 from typer.core import TyperGroup
 
 from robust import __version__
+from robust.cli.options import Interrupted
 from robust.errors import RobustError
 from robust.registry import Registry
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, BAD_INPUT = 0, 2
+_OUT_OF_MEMORY = "out of memory; fewer samples (--n) or a smaller model would fit"
 
 COMMANDS = Registry(
     "command",
@@ -28,28 +30,72 @@ COMMANDS = Registry(
         "list": "robust.cli.list:list_names",
     },
 )
+# One line each for `robust --help`, which so needs none of the modules.
+HELP = {
+    "eval": "Measure how robust a model is, with evidence that others can check.",
+    "attack": "Run one attack and report success, distances and cost.",
+    "train": "Train a model by a recipe.",
+    "report": "Write a run's report again, and verify its evidence.",
+    "list": "List attacks, models, data and every other kind of thing by name.",
+}
 # Typer and click keep the base of their usage errors under different addresses; this one exists in both.
-_USAGE_ERROR = typer.BadParameter.__bases__[0]
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class LazyGroup(TyperGroup):
     """A command group whose rows are imported on first use, so that `robust --version` pays for none of them."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - click's signature
+    def list_commands(self, ctx: Any) -> list[str]:
         """The names in the table's order."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - click's signature
-        """The command of that name, built from its function (or sub-application) in the table."""
-        item = COMMANDS.load(cmd_name)
-        if isinstance(item, typer.Typer):
-            return typer.main.get_command(item)
-        single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single.command(cmd_name, no_args_is_help=False)(item)
-        return typer.main.get_command(single)
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands' lines of the help text."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, HELP[name]) for name in COMMANDS])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; what Typer itself would answer in silence becomes a line, or no error at all."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a closed pipe can still be answered, and not at exit
+        except KeyboardInterrupt:
+            raise Interrupted("stopped by the keyboard") from None
+        except BrokenPipeError:
+            # The reader went away (`robust list attacks | head`); nothing more may be flushed into the pipe.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DONE
+        return result
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name."""
+        return build(cmd_name)
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, invoke_without_command=True, rich_markup_mode=None)
+def build(name: str) -> Any:
+    """The command of a row of the table, made of its function or sub-application."""
+    item = COMMANDS.load(name)
+    if isinstance(item, typer.Typer):
+        return typer.main.get_command(item)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name)(item)
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """The values that one command's arguments stand for, by parameter, without running it."""
+    name, *rest = arguments
+    values: dict[str, Any] = build(name).make_context(name, rest).params
+    return values
 
 
 def _version(wanted: bool) -> None:
@@ -75,17 +121,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=arguments, prog_name="robust", standalone_mode=False)
     except RobustError as error:
-        return _fail(str(error), getattr(error, "exit_code", BAD_INPUT))
+        return _fail(str(error), error.exit_code)
     except _USAGE_ERROR as error:
         return _fail(_usage(error), BAD_INPUT)
-    except KeyboardInterrupt:
-        return _fail("stopped by the keyboard", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output went away (`robust list attacks | head`); nothing may flush into it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except MemoryError:
-        return _fail("out of memory; fewer samples (--n) or a smaller model would fit", BAD_INPUT)
+        return _fail(_OUT_OF_MEMORY, BAD_INPUT)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, for an accelerator's memory
+            raise
+        return _fail(_OUT_OF_MEMORY, BAD_INPUT)
     except OSError as error:
         return _fail(_system(error), BAD_INPUT)
     return code if isinstance(code, int) else DONE
@@ -114,4 +158,3 @@ def _system(error: OSError) -> str:
 def main() -> None:
     """Entry point of the `robust` command."""
     sys.exit(run())
-

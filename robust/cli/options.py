@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robust.errors import ConfigError, ThreatError
+from robust.config import number as parse_number
+from robust.errors import ConfigError, RobustError, RunError, ThreatError
 from robust.registry import unknown
 
 if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+
     from robust.classifier import Classifier
     from robust.data import Data
+    from robust.data.base import Images
     from robust.threat import Threat
 
 NORMS = ("linf", "l2", "l1", "l0")
@@ -37,7 +45,7 @@ _EPS = {
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="zoo:NAME, torchvision:NAME, FILE.py:FACTORY or exported:FILE.pt2; none runs the embedded digits model.",
         show_default=False,
     ),
@@ -74,15 +82,26 @@ Mean = Annotated[
 ]
 Std = Annotated[
     str | None,
-    typer.Option("--std", metavar="A,B,C", help="The model's input deviation, per channel.", show_default=False),
+    typer.Option(
+        "--std", metavar="A,B,C", help="The model's input deviation, per channel.", show_default=False
+    ),
 ]
 Bounds = Annotated[
-    str, typer.Option("--bounds", metavar="LOW,HIGH", help="The box of the inputs, before mean and std.")
+    str,
+    typer.Option(
+        "--bounds",
+        metavar="LOW,HIGH",
+        help="The box of the inputs, before mean and std; data are scaled to it.",
+    ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:0; default: the best there is.",
-                 show_default=False),
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:0; default: the best there is.",
+        show_default=False,
+    ),
 ]
 DataRoot = Annotated[
     Path | None,
@@ -116,17 +135,19 @@ class Subject:
 
         return [make_threat(self.norm, eps) for eps in self.eps]
 
-    def load_data(self) -> Data:
-        """The first n samples of the data."""
+    def load_data(self, bounds: tuple[float, float]) -> Data:
+        """The first n samples of the data, scaled from [0, 1] to the box `bounds` when they are read."""
         from robust.data import load_data
 
-        return load_data(self.data, n=self.n, root=self.data_root)
+        data = load_data(self.data, n=self.n, root=self.data_root)
+        return data if bounds == (0.0, 1.0) else replace(data, images=BoxedImages(data.images, *bounds))
 
-    def load_model(self, data: Data) -> Classifier:
-        """The model, wrapped in its box and normalisation."""
+    def load(self) -> tuple[Classifier, Data]:
+        """The model in its box and normalisation, and the data in the same box."""
         from robust.models import load_model
 
-        return load_model(
+        data = self.load_data((0.0, 1.0))
+        classifier = load_model(
             self.model,
             weights=self.weights,
             mean=self.mean,
@@ -135,6 +156,39 @@ class Subject:
             device=self.device,
             classes=len(data.classes) or None,
         )
+        classifier.module.eval()  # what a factory has just built is in train mode, which nobody meant
+        # A factory may return a Classifier with a box of its own.
+        return classifier, data if classifier.bounds == (0.0, 1.0) else self.load_data(classifier.bounds)
+
+
+@dataclass(frozen=True)
+class BoxedImages:
+    """Images of [0, 1] scaled to a model's box."""
+
+    images: Images
+    low: float
+    high: float
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.images.shape
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Images of the given rows in the box."""
+        scaled = self.low + (self.high - self.low) * self.images.read(rows)
+        return scaled.clamp(self.low, self.high)
+
+    def select(self, rows: Sequence[int]) -> BoxedImages:
+        """The images of the given rows only."""
+        return replace(self, images=self.images.select(rows))
+
+    def probe(self) -> None:
+        """See `robust.data.base.Images.probe`."""
+        self.images.probe()
 
 
 def make_subject(
@@ -162,6 +216,8 @@ def make_subject(
     for option, path in (("--weights", weights), ("--data-root", data_root)):
         if path is not None and not path.exists():
             raise ConfigError(f"{option}: {path} does not exist")
+    if device is not None:
+        _find_device(device)
     model = model or DEFAULT_MODEL
     data = data or _data_of(model)
     eps_text = eps or usual_eps(norm, data)
@@ -177,21 +233,22 @@ def make_subject(
         seed=seed,
         weights=weights,
         mean=numbers(mean, "--mean") if mean else None,
-        std=_positive(numbers(std, "--std"), "--std") if std else None,
-        device=_device(device),
+        std=numbers(std, "--std") if std else None,
+        device=device,
         data_root=data_root,
     )
 
 
 def number(text: str, option: str) -> float:
-    """A finite or infinite number, or a fraction of two such as ``8/255``; anything else is a `ConfigError`."""
-    above, slash, below = text.strip().partition("/")
+    """A number, infinity included, or a fraction of two such as ``8/255``; anything else is a `ConfigError`."""
     try:
-        value = float(above) / float(below) if slash else float(above)
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"{option}: {text.strip()!r} is not a number; write it like 0.03 or 8/255") from None
+        value = parse_number(text.strip())
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from None
     if math.isnan(value):
-        raise ConfigError(f"{option}: {text.strip()} is not a number; write it like 0.03 or 8/255")
+        raise ConfigError(
+            f"{option}: {text.strip()} is not a number; write a decimal or a fraction such as 8/255"
+        )
     return value
 
 
@@ -213,21 +270,30 @@ def check_precision(precision: str) -> None:
         raise ConfigError("--precision: " + unknown("precision", precision, list(PRECISIONS)))
 
 
-def _data_of(model: str) -> str:
-    """The data a zoo model was trained on; every other model has to be told."""
-    if model.startswith("zoo:"):
-        from robust.zoo import REGISTRY
+def _find_device(device: str) -> None:
+    """Refuse a device that this machine lacks before data is loaded."""
+    from robust.models import find_device
 
-        entry = REGISTRY.get(model.removeprefix("zoo:"))
-        if entry is None:
-            raise ConfigError(unknown("zoo model", model.removeprefix("zoo:"), list(REGISTRY)))
+    find_device(device)
+
+
+def _data_of(model: str) -> str:
+    """The data a shipped model was trained on; every other model has to be told."""
+    if model.startswith("zoo:"):
+        from robust.zoo import ENTRIES
+
+        entry = ENTRIES.get(model.removeprefix("zoo:"))
+        if entry is not None:
+            return entry.data
     raise ConfigError(f"--data is missing: say what {model} classifies, for example --data cifar10")
 
 
 def _box(text: str) -> tuple[float, float]:
     box = numbers(text, "--bounds")
     if len(box) != 2 or not all(map(math.isfinite, box)) or box[0] >= box[1]:
-        raise ConfigError(f"--bounds: {text!r} is not a box; write the lowest and the highest input, such as 0,1")
+        raise ConfigError(
+            f"--bounds: {text!r} is not a box; write the lowest and the highest input, such as 0,1"
+        )
     return box[0], box[1]
 
 
@@ -241,36 +307,73 @@ def _radii(text: str, norm: str, box: tuple[float, float]) -> tuple[float, ...]:
 def _radius(eps: float, norm: str, box: tuple[float, float]) -> float:
     low, high = box
     if eps <= 0:
-        raise ThreatError(f"--eps: eps={eps:g} leaves nothing to attack; give a positive radius such as 8/255")
-    if norm == "linf" and eps > high - low:
-        hint = f"; did you mean {eps:g}/255?" if eps / 255 <= high - low else f"; the box is {high - low:g} wide"
-        raise ThreatError(f"--eps: eps={eps:g} is outside the box [{low:g}, {high:g}]{hint}")
+        raise ThreatError(
+            f"--eps: eps={eps:g} leaves nothing to attack; give a positive radius such as 8/255"
+        )
+    if norm == "linf" and math.isfinite(eps) and eps > high - low:
+        hint = (
+            f"did you mean {eps:g}/255?" if high - low == 1 and eps <= 255 else f"it is {high - low:g} wide"
+        )
+        raise ThreatError(f"--eps: eps={eps:g} is outside the box [{low:g}, {high:g}]; {hint}")
     if norm == "l0" and not (eps.is_integer() or math.isinf(eps)):
         raise ThreatError(f"--eps: eps={eps:g} is not a count of pixels; l0 needs a whole number such as 10")
     return eps
 
 
-def _positive(values: tuple[float, ...], option: str) -> tuple[float, ...]:
-    if min(values) <= 0:
-        raise ConfigError(f"{option}: {min(values):g} cannot divide the inputs; every value is above 0")
-    return values
+def check_writable(path: Path | None) -> None:
+    """Refuse an output that cannot be written, without making anything: its nearest existing folder must take it."""
+    if path is None:
+        return
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise RunError(f"--out: {folder} is a file, so {path} cannot be written; choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RunError(f"--out: {folder} may not be written; choose another place")
 
 
-def _device(text: str | None) -> str | None:
-    if text is None or text == "cpu":
-        return text
-    import torch
+def hush() -> None:
+    """Silence the warnings that the tables and JSON objects carry anyway, as doubts."""
+    from robust.classifier import RobustWarning
 
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ConfigError(f"--device: {text!r} is not on this machine; {_devices()}") from None
-    return text
+    warnings.simplefilter("ignore", RobustWarning)
 
 
-def _devices() -> str:
-    import torch
+def percent(fraction: float) -> str:
+    """A fraction as people read it."""
+    return f"{100 * fraction:.1f} %"
 
-    count = torch.cuda.device_count()
-    return "use cpu" if not count else f"use cpu or one of {', '.join(f'cuda:{i}' for i in range(count))}"
+
+def radius(eps: float) -> str:
+    """A radius as people write it."""
+    from robust.report_figures import eps_text
+
+    return eps_text(eps)
+
+
+def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print a table of named values under a title."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print through Python's own standard output, where a closed pipe is an error that can be answered."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    print(captured.get(), end="")
+
+
+class Interrupted(RobustError):
+    """The user stopped a command."""
+
+    exit_code = 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from robust.data.base import Data
+from robust.data.base import Data, Request
 from robust.errors import DataError, UnknownName
 from robust.registry import Registry, unknown
 
@@ -57,7 +57,7 @@ def load_data(
     kind, source = _parse(spec)
     if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
         raise DataError(f"n = {n!r} is not a number of samples; give a whole number of at least 1")
-    data: Data = get(kind)(source, data_root(root), train)
+    data: Data = get(kind)(Request(source, data_root(root), train))
     if n is not None and n < len(data):
         data = data.subset(range(n))
     data.images.probe()
@@ -80,5 +80,5 @@ def _guess(spec: str) -> str | None:
     """A line for a spec that is a bare path: the kind that reads it."""
     path = Path(spec).expanduser()
     kinds = {".npz": "npz", ".csv": "csv"}
-    kind = "imagefolder" if path.is_dir() else kinds.get(path.suffix.lower())
+    kind = "imagefolder" if spec and path.is_dir() else kinds.get(path.suffix.lower())
     return kind and f"unknown data {spec!r}; did you mean {kind}:{spec}?"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robust.data.base import ArrayImages, Data, check_labels
+from robust.data.base import ArrayImages, Data, Request, check_labels
 from robust.data.fetch import one_line
 from robust.errors import DataError
 
@@ -21,13 +21,13 @@ CHANNELS = (1, 2, 3, 4)
 EXPECTED = "expected arrays x (or images) and y (or labels)"
 
 
-def npz(source: str, root: Path, train: bool) -> Data:
+def npz(request: Request) -> Data:
     """A NumPy archive with arrays x (uint8, or floating point in [0, 1]) and y (labels), never a pickle.
 
-    x is (N, C, H, W) or (N, H, W, C), whichever has 1 to 4 channels, or (N, H, W) for one channel. Where both or neither
-    reading fits, an array `layout` holding "NCHW" or "NHWC" decides. An array `classes` names the classes.
+    x is (N, C, H, W) or (N, H, W, C), whichever has 1 to 4 channels, or (N, H, W) for one channel. Where both or
+    neither reading fits, an array `layout` holding "NCHW" or "NHWC" decides. An array `classes` names the classes.
     """
-    path = Path(source).expanduser()
+    path = Path(request.source).expanduser()
     arrays = _read(path)
     x = next((arrays[key] for key in IMAGE_KEYS if key in arrays), None)
     y = next((arrays[key] for key in LABEL_KEYS if key in arrays), None)
@@ -46,10 +46,12 @@ def npz(source: str, root: Path, train: bool) -> Data:
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} is one array, not an archive; {EXPECTED}, as numpy.savez writes them")
-        with loaded:
+        with path.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise DataError(
+                    f"{path} is one array, not an archive; {EXPECTED}, as numpy.savez writes them"
+                )
             return {key: loaded[key] for key in loaded.files if key in KEYS}
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
@@ -62,7 +64,9 @@ def _images(x: NDArray[Any], layout: str | None, path: Path) -> NDArray[Any]:
     if x.ndim == 3:
         x, layout = x[:, None], "NCHW"
     if x.ndim != 4 or 0 in x.shape[1:]:
-        raise DataError(f"{path} array x has shape {x.shape}; expected (N, C, H, W), (N, H, W, C) or (N, H, W)")
+        raise DataError(
+            f"{path} array x has shape {x.shape}; expected (N, C, H, W), (N, H, W, C) or (N, H, W)"
+        )
     layout = layout or _layout(x.shape, path)
     if layout not in ("NCHW", "NHWC"):
         raise DataError(f"{path} array layout is {layout!r}; expected 'NCHW' or 'NHWC'")

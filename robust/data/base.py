@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,20 @@ from torch import Tensor
 from robust.errors import DataError
 
 LARGEST_LABEL = 99_999
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: the path behind the spec's colon, the folder of the named data sets, and the part."""
+
+    source: str
+    root: Path
+    train: bool
+
+    @property
+    def part(self) -> str:
+        """The part's name: "train" or "test"."""
+        return "train" if self.train else "test"
 
 
 class Images(Protocol):
@@ -102,6 +117,9 @@ class Data:
         [number] = self._rows([row])
         return self.images.read([number])[0], int(self.labels[number])
 
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return (self[row] for row in range(len(self)))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
@@ -159,7 +177,9 @@ def check_labels(values: NDArray[Any], where: str, classes: int | None = None) -
         wrong = ~((values >= 0) & (values <= top) & (values == np.floor(values)))
     if wrong.any():
         row = int(wrong.argmax())
-        raise DataError(f"{where} has the label {values[row]:g} in row {row}; expected a whole number from 0 to {top}")
+        raise DataError(
+            f"{where} has the label {values[row]:g} in row {row}; expected a whole number from 0 to {top}"
+        )
     return torch.from_numpy(values.astype(np.int64))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from robust.data.base import ArrayImages, Data, check_labels, round_robin
+from robust.data.base import ArrayImages, Data, Request, check_labels, round_robin
 from robust.data.fetch import download, one_line
 from robust.data.files import EncodedImages, folder_data
 from robust.errors import DataError
@@ -18,41 +18,42 @@ from robust.errors import DataError
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def cifar10(source: str, root: Path, train: bool) -> Data:
+def cifar10(request: Request) -> Data:
     """CIFAR-10 (Krizhevsky 2009), (3, 32, 32): 50,000 to train on, 10,000 to test on.
 
-    Read from `root/cifar10/{test,train}/<class>/` (or `root` being that `cifar10`), from `root/cifar10-{test,train}.tar.gz`,
-    which holds the same, or from torchvision's `root/cifar-10-batches-py`; downloaded where absent. The order is the same
-    from each: round-robin over the classes, files sorted by name.
+    Read from `root/cifar10/{test,train}/<class>/` (or `root` being that `cifar10`), from
+    `root/cifar10-{test,train}.tar.gz`, which holds the same, or from torchvision's `root/cifar-10-batches-py`;
+    downloaded where absent. The order is the same from each: round-robin over the classes, files sorted by name.
     """
-    part = "train" if train else "test"
+    root, part = request.root, request.part
     for folder in (root / "cifar10" / part, root / part):
         if (folder / CLASSES[0]).is_dir():
             return _ten(folder_data("cifar10", folder, part), str(folder))
     archive = root / f"cifar10-{part}.tar.gz"
     if archive.is_file():
         return _ten(_archive_data(archive, part), str(archive))
-    return _batches_data(_torchvision("cifar10", "CIFAR10", root, train, f"cifar10/{part}/<class>/ or {archive.name}"), part)
+    dataset = _torchvision("cifar10", "CIFAR10", request, f"cifar10/{part}/<class>/ or {archive.name}")
+    return _data("cifar10", dataset, _folder_order(dataset), part)
 
 
-def cifar100(source: str, root: Path, train: bool) -> Data:
+def cifar100(request: Request) -> Data:
     """CIFAR-100 (Krizhevsky 2009), (3, 32, 32), its 100 fine classes: 50,000 to train on, 10,000 to test on.
 
     Read from torchvision's `root/cifar-100-python`, in its order; downloaded where absent.
     """
-    dataset = _torchvision("cifar100", "CIFAR100", root, train, "cifar-100-python/")
-    return _data("cifar100", dataset, list(range(len(dataset.targets))), "train" if train else "test")
+    dataset = _torchvision("cifar100", "CIFAR100", request, "cifar-100-python/")
+    return _data("cifar100", dataset, list(range(len(dataset.targets))), request.part)
 
 
 def _ten(data: Data, where: str) -> Data:
     """The data, if its classes are CIFAR-10's: a folder too few would shift every label behind it."""
     if data.classes != CLASSES:
-        raise DataError(f"{where} has the classes {', '.join(data.classes)}; CIFAR-10's are {', '.join(CLASSES)}")
+        raise DataError(f"{where} has the classes {', '.join(data.classes)}; expected {', '.join(CLASSES)}")
     return data
 
 
 def _archive_data(path: Path, part: str) -> Data:
-    """An archived image folder, its files kept in memory as they are (88 MB for the training part), decoded when read."""
+    """An archived image folder, kept in memory as it is (88 MB for the training part), decoded when read."""
     files: dict[tuple[str, str], bytes] = {}
     try:
         with tarfile.open(path, "r|gz") as archive:
@@ -75,27 +76,26 @@ def _archive_data(path: Path, part: str) -> Data:
     return Data("cifar10", tuple(classes), images, check_labels(np.array(labels)[order], str(path)), part)
 
 
-def _torchvision(name: str, torchvision_name: str, root: Path, train: bool, expected: str) -> Any:
+def _torchvision(name: str, torchvision_name: str, request: Request, expected: str) -> Any:
     """torchvision's data set from `root`, downloaded where absent; it compares every file with its known digest."""
     from torchvision import datasets
 
     kind = getattr(datasets, torchvision_name)
-    if not (root / kind.base_folder).is_dir():
+    folder = request.root / kind.base_folder
+    if not folder.is_dir():
 
         def fetch(staging: str) -> None:
             kind(staging, download=True)
 
-        download(name, fetch, kind.base_folder, root, f"{expected}, or {kind.base_folder}/")
+        download(name, fetch, kind.base_folder, request.root, f"{expected}, or {kind.base_folder}/")
     try:
-        return kind(str(root), train=train)
+        return kind(str(request.root), train=request.train)
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{root / kind.base_folder} is damaged ({one_line(error)}); remove it, and it is downloaded again"
-        ) from None
+        raise DataError(f"{folder} is damaged ({one_line(error)}); remove it to download it again") from None
 
 
-def _batches_data(dataset: Any, part: str) -> Data:
-    """CIFAR-10 of torchvision, in the order of the image folders: the batches know their images' file names."""
+def _folder_order(dataset: Any) -> list[int]:
+    """Rows of torchvision's CIFAR-10 in the order of the image folders: its batches know the images' file names."""
     names: list[str] = []
     for file, _ in dataset.train_list if dataset.train else dataset.test_list:
         # torchvision has just compared this file's digest with the published one
@@ -103,7 +103,7 @@ def _batches_data(dataset: Any, part: str) -> Data:
             names += pickle.load(stream, encoding="latin1")["filenames"]
     by_name = sorted(range(len(names)), key=lambda row: (dataset.targets[row], names[row]))
     order = round_robin([dataset.targets[row] for row in by_name])
-    return _data("cifar10", dataset, [by_name[place] for place in order], part)
+    return [by_name[place] for place in order]
 
 
 def _data(name: str, dataset: Any, rows: list[int], part: str) -> Data:

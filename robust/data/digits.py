@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 
-from robust.data.base import ArrayImages, Data, check_labels, round_robin
+from robust.data.base import ArrayImages, Data, Request, check_labels, round_robin
 
 TEST_PER_CLASS = 50
 
 
-def digits(source: str, root: Path, train: bool) -> Data:
+def digits(request: Request) -> Data:
     """Scikit-learn's 1,797 handwritten digits, (1, 8, 8): 1,297 to train on, 500 to test on; no download.
 
     The split is fixed: each class is shuffled by the SHA-256 of "digits:<row>" (row of `sklearn.datasets.load_digits`),
@@ -25,12 +24,12 @@ def digits(source: str, root: Path, train: bool) -> Data:
     shuffled = sorted(range(len(labels)), key=lambda row: hashlib.sha256(f"digits:{row}".encode()).digest())
     rows = [shuffled[place] for place in round_robin([int(labels[row]) for row in shuffled])]
     tested = TEST_PER_CLASS * 10  # the round-robin's first 500 are the first 50 of every class
-    rows = rows[tested:] if train else rows[:tested]
+    rows = rows[tested:] if request.train else rows[:tested]
     images = np.asarray(bunch.images, dtype=np.float32)[rows, None] / np.float32(16)
     return Data(
         name="digits",
         classes=tuple("0123456789"),
         images=ArrayImages(images),
         labels=check_labels(labels[rows], "digits", 10),
-        part="train" if train else "test",
+        part=request.part,
     )

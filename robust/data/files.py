@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robust.data.base import Data, check_labels, round_robin, to_unit
+from robust.data.base import Data, Request, check_labels, round_robin, to_unit
 from robust.data.fetch import one_line
 from robust.errors import DataError
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 PROBED = 10_000  # headers looked at before work starts: about a second
 GREY = ("1", "L")
 BYTES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV")
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+# What Pillow's decoders raise for damaged files; IndexError and KeyError are LookupErrors.
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error)
 
 
 class EncodedImages:
@@ -92,7 +93,7 @@ class EncodedImages:
             )
         if shape[0] > channels:
             raise DataError(
-                f"{self.names[row]} has colours, {self.names[0]} has none; all images must be grey, or the first coloured"
+                f"{self.names[row]} has colours, {self.names[0]} has none; all images must have the same channels"
             )
 
     def _open(self, row: int) -> Image:
@@ -112,9 +113,9 @@ class EncodedImages:
         return image
 
 
-def imagefolder(source: str, root: Path, train: bool) -> Data:
+def imagefolder(request: Request) -> Data:
     """A folder per class, `DIR/<class>/<image>`: classes alphabetical, rows round-robin over them, files by name."""
-    folder = Path(source).expanduser()
+    folder = Path(request.source).expanduser()
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {state}; imagefolder:DIR reads DIR/<class>/<image>")
@@ -154,9 +155,9 @@ def _extensions() -> frozenset[str]:
     return frozenset(Image.registered_extensions())
 
 
-def csv_file(source: str, root: Path, train: bool) -> Data:
-    """A CSV table with the columns path and label: paths relative to the table, labels whole numbers or class names."""
-    table = Path(source).expanduser()
+def csv_file(request: Request) -> Data:
+    """A CSV table with the columns path and label: paths relative to the table, labels numbers or class names."""
+    table = Path(request.source).expanduser()
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             rows = _rows(csv.DictReader(stream), table)

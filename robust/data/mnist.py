@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robust.data.base import ArrayImages, Data, check_labels
+from robust.data.base import ArrayImages, Data, Request, check_labels
 from robust.data.fetch import download, one_line
 from robust.errors import DataError
 
@@ -21,44 +21,46 @@ GARMENTS = (
 UBYTE = 0x08  # the IDX type byte of unsigned bytes
 
 
-def mnist(source: str, root: Path, train: bool) -> Data:
+def mnist(request: Request) -> Data:
     """MNIST's handwritten digits (LeCun et al. 1998), (1, 28, 28): 60,000 to train on, 10,000 to test on.
 
     Read from IDX files in `root`, `root/mnist` or `root/MNIST/raw`, gzipped or not; downloaded where absent.
     """
+    root = request.root
     folders = (root / "MNIST" / "raw", root / "mnist", root)
-    return _load("mnist", "MNIST", folders, tuple("0123456789"), root, train)
+    return _load("mnist", "MNIST", folders, tuple("0123456789"), request)
 
 
-def fashion_mnist(source: str, root: Path, train: bool) -> Data:
+def fashion_mnist(request: Request) -> Data:
     """Fashion-MNIST's garments (Xiao et al. 2017), (1, 28, 28): 60,000 to train on, 10,000 to test on.
 
     Read from IDX files in `root/fashion-mnist` or `root/FashionMNIST/raw`, gzipped or not; downloaded where absent.
     (Not from `root` itself: MNIST's files have the same names.)
     """
-    folders = (root / "FashionMNIST" / "raw", root / "fashion-mnist")
-    return _load("fashion-mnist", "FashionMNIST", folders, GARMENTS, root, train)
+    folders = (request.root / "FashionMNIST" / "raw", request.root / "fashion-mnist")
+    return _load("fashion-mnist", "FashionMNIST", folders, GARMENTS, request)
 
 
 def _load(
-    name: str, torchvision_name: str, folders: tuple[Path, ...], classes: tuple[str, ...], root: Path, train: bool
+    name: str, torchvision_name: str, folders: tuple[Path, ...], classes: tuple[str, ...], request: Request
 ) -> Data:
-    stem = "train" if train else "t10k"
+    stem = "train" if request.train else "t10k"
     files = _find(folders, stem)
     if files is None:
-        _fetch(name, torchvision_name, root, f"{name}/{stem}-images-idx3-ubyte.gz and {stem}-labels-idx1-ubyte.gz")
+        expected = f"{folders[1].name}/{stem}-images-idx3-ubyte.gz and {stem}-labels-idx1-ubyte.gz"
+        _fetch(name, torchvision_name, request.root, expected)
         files = _find(folders, stem)
     if files is None:
-        raise DataError(f"{name} was downloaded to {root}, but its {stem} files are not there")
+        raise DataError(f"{name} was downloaded to {request.root}, but its {stem} files are not there")
     images, labels = (read_idx(path) for path in files)
     if images.ndim != 3:
-        raise DataError(f"{files[0]} holds an array of shape {images.shape}; expected images (N, height, width)")
+        raise DataError(f"{files[0]} holds an array of shape {images.shape}; expected (N, height, width)")
     return Data(
         name=name,
         classes=classes,
         images=ArrayImages(images[:, None]),
         labels=check_labels(labels, str(files[1]), len(classes)),
-        part="train" if train else "test",
+        part=request.part,
     )
 
 
@@ -92,7 +94,7 @@ def read_idx(path: Path) -> NDArray[Any]:
     if len(content) < 4 or content[:3] != bytes((0, 0, UBYTE)):
         raise DataError(f"{path} is not an IDX file of unsigned bytes")
     start = 4 + 4 * content[3]
-    shape = [int(size) for size in np.frombuffer(content[4:start], dtype=">u4")]
-    if len(shape) != content[3] or len(content) != start + math.prod(shape):
-        raise DataError(f"{path} is damaged: it holds {len(content)} bytes, not the {shape} its header announces")
+    shape = [int.from_bytes(content[place : place + 4], "big") for place in range(4, start, 4)]
+    if len(content) != start + math.prod(shape):
+        raise DataError(f"{path} is damaged: {len(content)} bytes, not the {shape} its header announces")
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)

@@ -37,7 +37,7 @@ class Entry:
         architecture: a name of `ARCHITECTURES`.
         weights: file name in the folder `weights` beside this module.
         data: what it was trained on, as `load_data` names it.
-        recipe: the configuration that trained it, relative to the experiments' folder.
+        recipe: the configuration that trained it, from the repository's root.
         card: one line on what it is.
         mean: what is subtracted from the input first, one number or one per channel.
         std: what the input is divided by then.
@@ -57,7 +57,7 @@ class Entry:
         path = WEIGHTS / self.weights
         if not path.is_file():
             raise ModelError(
-                f"the zoo's weights {path} are absent; reinstall robust-toolkit, or train them with the recipe {self.recipe}"
+                f"the zoo's weights {path} are absent; reinstall robust-toolkit, or train them with {self.recipe}"
             )
         return path
 
@@ -67,14 +67,14 @@ ENTRIES = {
         architecture="digits",
         weights="digits.safetensors",
         data="digits",
-        recipe="train/digits.toml",
+        recipe="experiments/train/digits.toml",
         card="Standard training on scikit-learn's digits: undefended, the embedded default",
     ),
     "digits-at": Entry(
         architecture="digits",
         weights="digits-at.safetensors",
         data="digits",
-        recipe="train/digits-at.toml",
+        recipe="experiments/train/digits-at.toml",
         card="PGD adversarial training (Madry et al. 2018) on scikit-learn's digits, linf 0.2",
     ),
 }

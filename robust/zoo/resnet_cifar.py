@@ -1,4 +1,4 @@
-"""ResNets for CIFAR (He et al. 2016, arXiv:1512.03385, section 4.2): depth 6n + 2, parameter-free shortcuts (option A)."""
+"""ResNets for CIFAR (He et al. 2016, arXiv:1512.03385, section 4.2): depth 6n + 2, shortcuts without parameters."""
 
 from __future__ import annotations
 

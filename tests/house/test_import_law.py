@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 
 import robust
 from tests.house.sources import LAYERS, ROOMS, ROOT, Source, imports, layer_of, read, sources
+
+Check = Callable[[Source], list[str]]
 
 
 def upward(source: Source) -> list[str]:
@@ -97,7 +99,7 @@ def cycle(edges: dict[str, set[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("check", [upward, by_path, by_string])
-def test_no_file_of_the_package_breaks_the_law(check) -> None:
+def test_no_file_of_the_package_breaks_the_law(check: Check) -> None:
     assert [line for source in sources() for line in check(source)] == []
 
 
@@ -131,7 +133,7 @@ def source(module: str, text: str) -> Source:
         ("robust.evaluate", "importlib.import_module('robust.attacks')", by_string),
     ],
 )
-def test_the_checks_see_what_breaks_the_law(module: str, text: str, check) -> None:
+def test_the_checks_see_what_breaks_the_law(module: str, text: str, check: Check) -> None:
     assert len(check(source(module, text))) == 1
 
 

@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 def test_a_mapping_is_checked_like_a_file() -> None:
     run = from_mapping({"name": "a", "attack": {"eps": 1}, "shape": (2, 3), "fallback": None}, Run)
     assert (run.attack, run.shape) == (Attack(1.0), (2, 3))
-    with pytest.raises(ConfigError, match="^fl: unknown key 'nam'; did you mean 'name'"):
+    with pytest.raises(ConfigError, match=r"^fl: unknown key 'nam'; did you mean 'name'"):
         from_mapping({"nam": "a"}, Run, "fl")
 
 

@@ -1,0 +1,160 @@
+"""Fast adaptive boundary attack: minimum-norm points by projections on linearised boundaries (arXiv:1907.02044)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robust.attacks.base import Attack, Until
+from robust.attacks.engine import make_jobs, run_rule, setting_of
+from robust.attacks.query import Answer, Query
+from robust.attacks.rule import Rule, Setting, State, choose, column
+from robust.attacks.targets import ranked_targets
+from robust.attacks.trial import Trial
+from robust.classifier import misclassified
+from robust.errors import RobustError
+
+
+class FABRule(Rule):
+    """Section 3 of Croce & Hein 2020 (arXiv:1907.02044), with one model pass where check and gradient share a point.
+
+    Per step: linearise the decision boundary at the iterate, project both the iterate and the clean point on it
+    (inside the box), mix the two projections with a bias towards the clean point, and overshoot by η. An iterate that
+    is adversarial is moved back towards the clean point by β; only then does the step need a second pass.
+    """
+
+    feasible = False
+
+    def __init__(
+        self, setting: Setting, steps: int, alpha_max: float, eta: float, beta: float, restart_at: int = 0
+    ) -> None:
+        super().__init__(setting)
+        self.gradients, self.alpha_max, self.eta, self.beta = steps, alpha_max, eta, beta
+        self.steps = steps + 1
+        self.restart_at = restart_at
+
+    def start(self, state: State) -> State:
+        """The clean point first; later restarts from random points within half the radius."""
+        x, own = state["x"], super().start(state)
+        again = (state["identity"] & ((1 << 20) - 1)) >= self.restart_at
+        own["at"] = x.clone()
+        if bool(again.any()):
+            ball = self.setting.ball(state)
+            half = ball.with_eps(ball.eps / 2)
+            begin = half.random(x, self.setting.bounds, self.setting.draws(state, "fab"))
+            own["at"] = choose(again, begin, x)
+        own["nearest"] = torch.full((len(x),), torch.inf, device=x.device)
+        own["backed"] = torch.zeros_like(state["hit"])
+        return own
+
+    def query(self, state: State) -> Query:
+        """Differences of logits and their gradients, against the target or against every other class."""
+        if bool((state["t"] >= self.gradients).all()):
+            return Query(state["at"], "logits")
+        return Query(state["at"], "difference_grad", against=self._against(state))
+
+    def _against(self, state: State) -> Tensor:
+        if bool((state["target"] >= 0).all()):
+            return state["target"][:, None]
+        others = torch.arange(self.setting.classes - 1, device=state["y"].device).expand(len(state["y"]), -1)
+        return others + (others >= state["y"][:, None])
+
+    def step(self, state: State, answer: Answer) -> State:
+        """Back towards the clean point where the iterate is adversarial, else over the nearest boundary."""
+        t, at, x = state["t"], state["at"], state["x"]
+        hit = misclassified(answer.scores, state["y"], state["target"] if self.setting.targeted else None)
+        distance = self.setting.threat.distance(at, x).float()
+        closer = hit & (distance < state["nearest"])
+        changed: State = {"nearest": torch.where(closer, distance, state["nearest"])}
+        if answer.gradient is None:
+            return {**changed, "t": t + 1}
+        back = hit & ~state["backed"] & (t > 0)
+        retreat = x + (at - x) * self.beta
+        changed["at"] = choose(back, retreat, self._over(state, answer))
+        changed["backed"] = back
+        changed["t"] = torch.where(back, t, t + 1)
+        return changed
+
+    def _over(self, state: State, answer: Answer) -> Tensor:
+        """The biased, overshot projection on the nearest linearised boundary."""
+        assert answer.gradient is not None and answer.loss is not None
+        ball, bounds = self.setting.ball(state), self.setting.bounds
+        x, at = state["x"], state["at"]
+        normal, gap = self._nearest(answer.loss, answer.gradient)
+        offset = -gap  # ⟨normal, d⟩ that brings z_class − z_y to zero
+        to_clean = offset + (normal * (at - x)).flatten(1).sum(1)
+        from_at = ball.to_hyperplane(at, normal, offset, bounds)
+        from_x = ball.to_hyperplane(x, normal, to_clean, bounds)
+        near = ball.distance(at + from_at, at).float().clamp_min(1e-8)
+        far = ball.distance(x + from_x, x).float().clamp_min(1e-8)
+        alpha = column((near / (near + far)).clamp(0, self.alpha_max), x)
+        mixed = (1 - alpha) * (at + self.eta * from_at) + alpha * (x + self.eta * from_x)
+        return mixed.clamp(*bounds)
+
+    def _nearest(self, values: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Normal and value of the class whose linearised boundary is nearest in the threat's norm."""
+        if values.shape[1] == 1:
+            return gradients[:, 0], values[:, 0]
+        ball = self.setting.threat
+        slopes = torch.stack([ball.dual(gradients[:, k]) for k in range(values.shape[1])], dim=1)
+        best = (values.abs() / slopes.clamp_min(1e-12)).argmin(1)
+        rows = torch.arange(len(best), device=best.device)
+        return gradients[rows, best], values[rows, best]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FAB(Attack):
+    """Fast adaptive boundary attack (Croce & Hein 2020, arXiv:1907.02044): the smallest perturbation, any class.
+
+    Each step takes one backward pass per other class; `fab-t` takes one.
+
+    Attributes:
+        steps: steps per start.
+        restarts: starts; the first is the clean point.
+        alpha_max: largest weight of the clean point's projection.
+        eta: overshoot.
+        beta: how far an adversarial iterate stays from the clean point.
+    """
+
+    minimum_norm: ClassVar[bool] = True
+    until: Until = "smallest"
+    steps: int = 100
+    restarts: int = 1
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+
+    def attack(self, trial: Trial) -> None:
+        """See `Attack.attack`."""
+        if self.steps < 1 or self.restarts < 1:
+            raise RobustError(f"steps={self.steps}, restarts={self.restarts}: each at least 1")
+        if self.restarts > 1 and not self.threat.bounded:
+            raise RobustError("restarts start within eps; give a finite eps or restarts=1")
+        aims = self.aims(trial)
+        once = 1 if aims is None else len(aims)
+        rule = FABRule(setting_of(trial), self.steps, self.alpha_max, self.eta, self.beta, once)
+        run_rule(rule, trial, make_jobs(trial, self.restarts, aims))
+
+    def aims(self, trial: Trial) -> Tensor | None:
+        """(T, N) classes whose boundaries are followed, or None for the nearest of all."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FABT(FAB):
+    """Targeted FAB (Croce & Hein 2020, arXiv:2003.01690, sec. 4): one run per runner-up class, one gradient a step.
+
+    Attributes:
+        n_targets: the most likely wrong classes that are tried, at most classes − 1.
+    """
+
+    n_targets: int = 9
+
+    def aims(self, trial: Trial) -> Tensor | None:
+        """The runner-up classes, or the one target that was asked for."""
+        if self.n_targets < 1:
+            raise RobustError(f"n_targets={self.n_targets} aims at nothing; give at least 1")
+        return None if trial.targets is not None else ranked_targets(trial, self.n_targets)

@@ -1,0 +1,252 @@
+"""`robust attack NAME [MODEL]`: one attack on one model, with its success rate, distances and cost."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import typing
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robust.cli import options
+from robust.cli.progress import Meter, duration
+from robust.errors import ConfigError, ThreatError
+from robust.registry import room
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from robust.classifier import Classifier
+    from robust.data import Data
+
+CHUNK = 256  # samples between two reports of progress; an outcome does not depend on it
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="An attack's name; see `robust list attacks`.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A hyper-parameter, such as steps=20; may be repeated.",
+        show_default=False,
+    ),
+]
+Target = Annotated[
+    int | None,
+    typer.Option(
+        "--target",
+        metavar="LABEL",
+        help="Reach this class instead of leaving the true one.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="FILE", help="Save the examples to this safetensors file.", show_default=False
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All samples after the attack, on the CPU.
+
+    Attributes:
+        cost: model passes, queries and seconds by name.
+        x, x_adv: (N, C, H, W) clean points and what the attack made of them.
+        y: (N,) true labels.
+        success: (N,) bool: the attack's goal is reached.
+        open: (N,) bool: it was not reached on the clean point already.
+        correct, standing: (N,) bool: the clean, the attacked point is classified correctly.
+    """
+
+    cost: dict[str, float]
+    x: Tensor
+    x_adv: Tensor
+    y: Tensor
+    success: Tensor
+    open: Tensor
+    correct: Tensor
+    standing: Tensor
+
+
+def attack_model(
+    name: Name,
+    model: options.Model = None,
+    data: options.DataName = None,
+    norm: options.Norm = "linf",
+    eps: options.Eps = None,
+    settings: Settings = None,
+    target: Target = None,
+    n: options.Count = 1000,
+    seed: options.Seed = 0,
+    out: Out = None,
+    weights: options.Weights = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    bounds: options.Bounds = "0,1",
+    device: options.Device = None,
+    data_root: options.DataRoot = None,
+    as_json: options.Json = False,
+) -> None:
+    """Run one attack; report its success rate, the distances it needed and what it cost."""
+    kind = room("attacks").load(name)
+    subject = options.make_subject(
+        model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
+        device=device, data_root=data_root,
+    )  # fmt: skip
+    attack = build(name, kind, settings or [], subject)
+    options.check_writable(out)
+    with warnings.catch_warnings(), Meter(name, quiet=as_json) as meter:
+        options.hush()
+        classifier, samples = subject.load()
+        found = run(attack, classifier, samples, target=target, seed=seed, meter=meter)
+    summary = summarise(name, attack, found, classifier, subject)
+    if out is not None:
+        summary["out"] = str(out)
+        _save(out, found, summary)
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False))
+    else:
+        _show(summary)
+
+
+def build(name: str, kind: Any, settings: Sequence[str], subject: options.Subject) -> Any:
+    """The attack with its hyper-parameters; an unknown key, a wrong type or norm is one line."""
+    from robust.config import from_mapping
+
+    if len(subject.eps) > 1:
+        raise ConfigError("--eps: an attack takes one radius; `robust eval` takes a list")
+    if subject.norm not in kind.norms:
+        raise ThreatError(f"--norm: {name} has no {subject.norm} form; it knows {', '.join(kind.norms)}")
+    hints = typing.get_type_hints(kind)
+    # The threat has options of its own; what is left are the hyper-parameters, read as a configuration file's are.
+    members = [(item.name, hints[item.name], copy(item)) for item in fields(kind) if item.name != "threat"]
+    plain: type[Any] = make_dataclass(kind.__name__, members, kw_only=True)
+    chosen = from_mapping(parse_settings(settings), plain, name="--set")
+    return kind(threat=subject.threats()[0], **vars(chosen))
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """``["steps=20", "loss=margin"]`` as a mapping: values as TOML writes them, any other text as it is."""
+    table: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals or not key or not text:
+            raise ConfigError(f"--set: {setting!r} is not KEY=VALUE; write it like steps=20")
+        if key in table:
+            raise ConfigError(f"--set: {key} is given twice")
+        try:
+            table[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[key] = text
+    return table
+
+
+def run(
+    attack: Any, classifier: Classifier, data: Data, *, target: int | None, seed: int, meter: Meter
+) -> Found:
+    """The attack on all samples, a chunk at a time; their places in the data key the randomness."""
+    import torch
+
+    from robust.cost import Cost
+    from robust.decide import decide
+
+    total, cost = len(data), Cost()
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, total, CHUNK):
+        meter(start / total, f"{start} of {total} samples")
+        rows = range(start, min(start + CHUNK, total))
+        x, y = data.batch(rows)
+        index = torch.tensor(rows)
+        targets = None if target is None else torch.full_like(y, _checked_target(target, classifier, x))
+        result = attack.run(classifier, x, y, targets=targets, seed=seed, index=index)
+        clean = decide(classifier, x, y, targets, index=index, seed=seed)
+        after = decide(classifier, result.x_adv, y, index=index, seed=seed)
+        standing = [decision.prediction.cpu() == y for decision in (clean, after)]
+        parts.append((x, result.x_adv.cpu(), y, result.success.cpu(), ~clean.hit.cpu(), *standing))
+        cost = cost + result.cost
+    meter(1.0, "done")
+    return Found(cost.to_dict(), *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _checked_target(target: int, classifier: Classifier, x: Tensor) -> int:
+    classifier.logits(x[:1])
+    if not 0 <= target < classifier.classes:
+        raise ConfigError(
+            f"--target: {target} is no class; the model has the classes 0 to {classifier.classes - 1}"
+        )
+    return target
+
+
+def summarise(
+    name: str, attack: Any, found: Found, classifier: Classifier, subject: options.Subject
+) -> dict[str, Any]:
+    """The numbers of the run as one JSON-ready object; distances are medians over the samples it broke."""
+    from robust.threat import L2, Linf
+
+    total, still_open = len(found.y), int(found.open.sum())
+    broken = found.success & found.open
+    changed, clean = found.x_adv[broken], found.x[broken]
+    parameters = {item.name: getattr(attack, item.name) for item in fields(attack) if item.name != "threat"}
+    return {
+        "attack": name,
+        "parameters": parameters,
+        "model": subject.model,
+        "data": subject.data,
+        "clean_accuracy": int(found.correct.sum()) / total,
+        "robust_accuracy": int(found.standing.sum()) / total,
+        "success_rate": int(broken.sum()) / still_open if still_open else None,
+        "broken": int(broken.sum()),
+        "attempted": still_open,
+        "median_l2": _median(L2().distance(changed, clean)),
+        "median_linf": _median(Linf().distance(changed, clean)),
+        "n": total,
+        "threat": attack.threat.describe(),
+        "suite": name,
+        "seed": subject.seed,
+        "seconds": round(found.cost["seconds"], 3),
+        "cost": found.cost,
+        "warnings": list(classifier.warnings),
+        "out": None,
+    }
+
+
+def _median(values: Tensor) -> float | None:
+    return float(values.median()) if len(values) else None
+
+
+def _save(out: Path, found: Found, summary: Mapping[str, Any]) -> None:
+    from robust.checkpoint import write_tensors
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"x": found.x, "x_adv": found.x_adv, "y": found.y, "success": found.success}
+    write_tensors(out, tensors, {"format": "pt", "summary": json.dumps(summary)})
+
+
+def _show(summary: Mapping[str, Any]) -> None:
+    rate = summary["success_rate"]
+    cost, threat = summary["cost"], summary["threat"]
+    goal = f"{summary['broken']} of {summary['attempted']} samples"
+    settings = " ".join(f"{key}={value}" for key, value in summary["parameters"].items())
+    rows = [
+        ("success rate", "nothing to attack" if rate is None else f"{options.percent(rate)}   {goal}"),
+        ("clean accuracy", options.percent(summary["clean_accuracy"])),
+        ("accuracy under it", options.percent(summary["robust_accuracy"])),
+    ]
+    if summary["median_l2"] is not None:
+        rows.append(("median distance", f"l2 {summary['median_l2']:.4g}   linf {summary['median_linf']:.4g}"))
+    counts = (f"{int(cost[key]):,} {key}" for key in ("forwards", "backwards", "queries") if cost[key])
+    rows += [("cost", "  ".join([*counts, duration(cost["seconds"])])), ("settings", settings)]
+    rows += [("doubt", line) for line in summary["warnings"]]
+    title = f"{summary['attack']} on {summary['model']}, {summary['data']}, {summary['n']} samples"
+    options.show(f"{title}, {threat['norm']} {options.radius(threat['eps'])}", rows)
+    if summary["out"]:
+        print(f"saved to  {summary['out']}")

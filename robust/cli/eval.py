@@ -1,0 +1,164 @@
+"""`robust eval [MODEL]`: a robustness verdict, with its evidence and report in a run folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robust.cli import options
+from robust.cli.progress import Meter, duration
+from robust.errors import RunError
+
+if TYPE_CHECKING:
+    from robust.verdict import Verdict
+
+RUNS = Path("runs")
+
+Suite = Annotated[
+    str,
+    typer.Option(
+        "--suite", metavar="SUITE", help="quick, standard, rand, score, or a comma list of attacks."
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="RUN", help="The run folder. Default: a new one below runs/.", show_default=False
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+
+
+def evaluate_model(
+    model: options.Model = None,
+    data: options.DataName = None,
+    norm: options.Norm = "linf",
+    eps: options.Eps = None,
+    suite: Suite = "standard",
+    n: options.Count = 1000,
+    seed: options.Seed = 0,
+    out: Out = None,
+    resume: Resume = False,
+    weights: options.Weights = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    bounds: options.Bounds = "0,1",
+    precision: options.Precision = "auto",
+    device: options.Device = None,
+    data_root: options.DataRoot = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure how robust a model is: clean and robust accuracy, with evidence that others can check."""
+    options.check_precision(precision)
+    subject = options.make_subject(
+        model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
+        device=device, data_root=data_root,
+    )  # fmt: skip
+    _check_suite(suite, subject.norm)
+    folder = out or _default_out(subject, suite, resume)
+    options.check_writable(folder)
+    try:
+        verdict = _evaluate(subject, suite, folder, resume=resume, quiet=as_json)
+    except KeyboardInterrupt:
+        raise options.Interrupted(
+            f"stopped; the same command with --resume --out {folder} goes on where it was"
+        ) from None
+    if as_json:
+        print(json.dumps(verdict.summary(), ensure_ascii=False, default=str))
+    else:
+        _show(verdict, subject, folder)
+
+
+def _evaluate(subject: options.Subject, suite: str, folder: Path, *, resume: bool, quiet: bool) -> Verdict:
+    from robust.evaluate import evaluate
+
+    with warnings.catch_warnings(), Meter("loading", quiet=quiet) as meter:
+        options.hush()
+        classifier, data = subject.load()
+        return evaluate(
+            classifier,
+            data,
+            threat=subject.threats(),
+            suite=suite,
+            seed=subject.seed,
+            out=folder,
+            resume=resume,
+            progress=meter,
+        )
+
+
+def _check_suite(suite: str, norm: str) -> None:
+    """An unknown suite or attack, or one without a form for the norm, is refused before a model is loaded."""
+    from robust.suites import stages
+
+    stages(suite, norm)
+
+
+def _default_out(subject: options.Subject, suite: str, resume: bool) -> Path:
+    """A new folder below runs/ that is named after the run; with `resume` the newest one of that name."""
+    parts = (_last(subject.model), _last(subject.data), subject.norm, _slug(subject.eps_text), _slug(suite))
+    base = RUNS / f"{'-'.join(parts)}-seed{subject.seed}"
+    taken = [base] if base.exists() else []
+    while taken and (following := base.with_name(f"{base.name}-{len(taken) + 1}")).exists():
+        taken.append(following)
+    if resume:
+        if not taken:
+            raise RunError(f"--resume: there is no run {base} to go on with; name its folder with --out")
+        return taken[-1]
+    return base.with_name(f"{base.name}-{len(taken) + 1}") if taken else base
+
+
+def _slug(text: str) -> str:
+    """Text in letters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:60]
+
+
+def _last(spec: str) -> str:
+    """The telling end of a specification: ``zoo:digits`` is digits, ``imagefolder:a/b`` is b."""
+    return _slug((spec.partition(":")[2] or spec).rstrip("/").rpartition("/")[2])
+
+
+def _show(verdict: Verdict, subject: options.Subject, folder: Path) -> None:
+    summary = verdict.summary()
+    rows = [
+        ("clean accuracy", _with_interval(summary["clean_accuracy"], summary["n"])),
+        ("robust accuracy", _with_interval(summary["robust_accuracy"], summary["n"])),
+    ]
+    if len(verdict.curve) > 1:
+        curve = "   ".join(f"{options.radius(e)}: {options.percent(a)}" for e, a in verdict.curve)
+        rows.append(("curve", curve))
+    rows += [("broken by", _broken_by(verdict)), ("cost", _cost(verdict.cost))]
+    rows += [("doubt", line) for line in verdict.warnings]
+    threat = f"{subject.norm} {options.radius(subject.eps[-1])}"
+    options.show(
+        f"{subject.model} on {subject.data}: {threat}, suite {verdict.suite}, {summary['n']} samples", rows
+    )
+    # Outside the table, whose folds would break a path in two.
+    print(f"evidence  {folder}\nreport    {folder / 'report.html'}")
+    if subject.model == options.DEFAULT_MODEL:
+        print("its adversarially trained sister: robust eval zoo:digits-at")
+
+
+def _with_interval(accuracy: float, n: int) -> str:
+    from robust.report import clopper_pearson
+
+    low, high = clopper_pearson(round(accuracy * n), n)
+    return f"{options.percent(accuracy)}   95 % interval {options.percent(low)} to {options.percent(high)}"
+
+
+def _broken_by(verdict: Verdict) -> str:
+    counts: dict[str, int] = {}
+    for name in verdict.broken_by:
+        if name is not None:
+            counts[name] = counts.get(name, 0) + 1
+    return "   ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+
+
+def _cost(cost: Any) -> str:
+    counts = (f"{int(cost[key]):,} {key}" for key in ("forwards", "backwards", "queries") if cost.get(key))
+    return "   ".join([*counts, duration(cost.get("seconds", 0.0))])

@@ -1,0 +1,107 @@
+"""`robust list KIND`: what there is by name, with the first line of its documentation."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robust.cli.options import Json, print_table
+from robust.errors import UnknownName
+from robust.registry import Registry, card, room, unknown
+from robust.suites import DESCRIPTIONS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# What people may ask for: the room that holds it, and one line that says what it is for.
+KINDS = {
+    "attacks": ("attacks", "evasion: what `robust attack` and `robust eval --suite` run"),
+    "suites": ("suites", "lists of attacks that make a verdict"),
+    "losses": ("losses", "what gradient attacks maximise"),
+    "models": ("zoo", "MODEL as zoo:NAME"),
+    "data": ("data", "DATA by name, folder or file"),
+    "defenses": ("defenses", "wrappers around a model"),
+    "recipes": ("defenses.training", "training methods, for `robust train --recipe`"),
+    "metrics": ("metrics", "measures of attacks and defences"),
+    "corruptions": ("corruptions", "natural corruptions of images"),
+    "poisoning": ("attacks.poisoning", "attacks on the training data"),
+    "privacy-attacks": ("attacks.privacy", "what a model leaks about its training data"),
+    "strategies": ("federated.strategies", "federated algorithms"),
+    "aggregators": ("federated.aggregation", "one federated update from many"),
+    "malicious": ("federated.malicious", "malicious federated clients"),
+    "compression": ("federated.compression", "smaller federated updates"),
+    "partitions": ("federated.partitions", "how data is spread over clients"),
+    "engines": ("federated.engines", "how federated clients are run"),
+}
+
+Kind = Annotated[str | None, typer.Argument(metavar="KIND", help="One of " + ", ".join(KINDS) + ".")]
+
+
+def list_names(kind: Kind = None, as_json: Json = False) -> None:
+    """List attacks, defenses, recipes, models, data and every other kind of thing by name."""
+    if kind is None:
+        rows = [{"name": name, "card": line} for name, (_, line) in KINDS.items()]
+        title = "kind"
+    elif kind in KINDS:
+        rows, title = rows_of(kind), kind
+    else:
+        raise UnknownName(unknown("kind", kind, list(KINDS)))
+    if as_json:
+        print(json.dumps({"kind": kind or "kinds", "rows": rows}, ensure_ascii=False))
+    elif rows:
+        print_table(_table(title, rows))
+    else:
+        print(f"no {kind} in this version yet")
+
+
+def rows_of(kind: str) -> list[dict[str, Any]]:
+    """One row per name of a kind: its card and, for attacks, what they know and which norms they have."""
+    if kind == "models":
+        return _models()
+    if kind == "suites":
+        return [{"name": name, "card": line} for name, line in DESCRIPTIONS.items()]
+    registry = room(KINDS[kind][0])
+    return [_row(registry, name) for name in registry]
+
+
+def _row(registry: Registry, name: str) -> dict[str, Any]:
+    item = registry.load(name)
+    row: dict[str, Any] = {"name": name, "card": card(item)}
+    if hasattr(item, "norms"):
+        row["norms"] = list(item.norms)
+    if hasattr(item, "knowledge"):
+        row["knowledge"] = item.knowledge
+    return row
+
+
+def _models() -> list[dict[str, Any]]:
+    """Shipped models first, then the architectures that need weights from a file."""
+    from robust.zoo import ENTRIES, REGISTRY
+
+    shipped = [
+        {"name": f"zoo:{name}", "card": entry.card, "data": entry.data, "weights": "shipped"}
+        for name, entry in ENTRIES.items()
+    ]
+    bare = [
+        {"name": f"zoo:{name}", "card": card(REGISTRY.load(name)), "data": "", "weights": "--weights FILE"}
+        for name in REGISTRY
+        if name not in ENTRIES
+    ]
+    return shipped + bare
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "card"))
+    for column in columns:
+        table.add_column(title if column == "name" else column, no_wrap=column == "name")
+    table.add_column("what it is", overflow="fold")
+    for row in rows:
+        cells = [row.get(column, "") for column in columns]
+        table.add_row(*(" ".join(c) if isinstance(c, list) else str(c) for c in cells), row["card"])
+    return table

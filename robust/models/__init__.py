@@ -1,0 +1,159 @@
+"""Models by name: `load_model("zoo:digits")`, `"torchvision:resnet50"`, `"FILE.py:FACTORY"`, `"exported:FILE.pt2"`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robust.errors import ModelError, UnknownName
+from robust.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from robust.classifier import Classifier
+    from robust.models.sources import Source, Wanted
+
+REGISTRY = Registry(
+    "model kind",
+    {
+        "zoo": "robust.models.sources:zoo",
+        "torchvision": "robust.models.sources:torchvision",
+        "exported": "robust.models.exported:exported",
+    },
+)
+get = REGISTRY.load
+
+FORMS = "zoo:NAME, torchvision:NAME, FILE.py:FACTORY or exported:FILE.pt2"
+
+__all__ = ["REGISTRY", "get", "load_model"]
+
+
+def load_model(
+    spec: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    device: str | torch.device | None = None,
+    classes: int | None = None,
+    fresh: bool = False,
+) -> Classifier:
+    """A classifier by its spec.
+
+    Args:
+        spec: `zoo:NAME` (a shipped model with its weights, or an architecture), `torchvision:NAME` (an architecture),
+            `FILE.py:FACTORY` (a callable without arguments that returns a module, or a Classifier, which is taken as
+            it is) or `exported:FILE.pt2` (saved by `torch.export.save`). The last two are programs: they run.
+        weights: a safetensors file or a state dict, which is read with `weights_only=True`; for torchvision also
+            "DEFAULT", its own weights, downloaded.
+        mean: of the normalisation inside the classifier, one number or one per channel, in the unit of `bounds`. If
+            neither mean nor std is given, a shipped or downloaded model brings its own.
+        std: likewise.
+        bounds: the box that inputs live in.
+        device: "cpu", "cuda", "cuda:1", ...; the GPU if None and there is one.
+        classes: the number of outputs of an architecture that starts without weights; weights bring their own.
+        fresh: start an architecture from its random initialisation (torch's global generator), for training.
+
+    Raises:
+        UnknownName: for an unknown kind or name, with the nearest known ones.
+        ModelError: for a model that cannot be found, built or read, and for an absent device.
+    """
+    from robust.classifier import Classifier
+    from robust.models.sources import Wanted
+
+    place = find_device(device)
+    wanted = Wanted(Path(weights) if weights is not None else None, classes, fresh)
+    statistics = _numbers(mean, "mean"), _numbers(std, "std")
+    source = _source(str(spec), wanted)
+    if isinstance(source.module, Classifier):
+        return _as_it_is(source.module, str(spec), statistics, bounds, place)
+    if statistics == (None, None):
+        statistics = source.mean, source.std
+    return Classifier(
+        source.module, bounds=bounds, mean=statistics[0], std=statistics[1], device=place, name=source.name
+    )
+
+
+def find_device(device: str | torch.device | None) -> torch.device | None:
+    """The device if this machine has it; None becomes the GPU where there is one."""
+    import torch
+
+    if device is None:
+        return torch.device("cuda") if torch.cuda.is_available() else None
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ModelError(
+            f"device {str(device)!r} is not on this machine, which has {', '.join(found)}"
+        ) from None
+    return place
+
+
+def _source(spec: str, wanted: Wanted) -> Source:
+    """The model behind a spec, not yet wrapped."""
+    kind, colon, rest = spec.partition(":")
+    if kind in REGISTRY:
+        if not rest:
+            raise ModelError(f"model {spec!r} lacks what stands behind the colon; a model is {FORMS}")
+        source: Source = get(kind)(rest, wanted)
+        return source
+    file, colon, factory = spec.rpartition(":")
+    if colon and file.endswith(".py"):
+        from robust.models.factory import from_file
+
+        return from_file(Path(file).expanduser(), factory, wanted)
+    raise UnknownName(f"unknown model {spec!r}; {_advice(spec)}")
+
+
+def _advice(spec: str) -> str:
+    """What a spec of no known kind was perhaps meant to be."""
+    from robust import zoo
+
+    suffix = Path(spec).suffix
+    if suffix == ".py":
+        return f"say which function of the file makes the model: {spec}:FACTORY"
+    if suffix == ".pt2":
+        return f"did you mean exported:{spec}?"
+    if suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
+        return f"weights need an architecture: give it as the model ({FORMS}), and this file as the weights"
+    if spec in (*zoo.ENTRIES, *zoo.REGISTRY):
+        return f"did you mean zoo:{spec}?"
+    return f"a model is {FORMS}"
+
+
+def _numbers(values: float | Sequence[float] | None, what: str) -> float | tuple[float, ...] | None:
+    """One number or one per channel, finite; a standard deviation above 0."""
+    if values is None:
+        return None
+    try:
+        numbers = tuple(float(value) for value in (values if isinstance(values, Sequence) else (values,)))
+    except (TypeError, ValueError):
+        raise ModelError(f"{what}={values!r} is not a number or a list of numbers, one per channel") from None
+    if not numbers or not all(map(math.isfinite, numbers)) or (what == "std" and min(numbers) <= 0):
+        right = "above 0" if what == "std" else "finite"
+        raise ModelError(f"{what}={values!r} cannot normalise; give one number or one per channel, {right}")
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _as_it_is(
+    clf: Classifier,
+    spec: str,
+    statistics: tuple[object, object],
+    bounds: tuple[float, float],
+    place: torch.device | None,
+) -> Classifier:
+    """A factory's own Classifier; options that it settles itself are refused rather than ignored."""
+    if statistics != (None, None):
+        raise ModelError(f"{spec} returns a Classifier, which normalises for itself; leave out mean and std")
+    if tuple(bounds) not in ((0.0, 1.0), tuple(clf.bounds)):
+        raise ModelError(f"{spec} returns a Classifier with bounds={clf.bounds}; leave out other bounds")
+    if place is not None and place.type != clf.device.type:
+        raise ModelError(f"{spec} returns a Classifier on {clf.device}; let the factory put it on {place}")
+    return clf

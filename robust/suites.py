@@ -1,0 +1,67 @@
+"""Suites: which attacks, with which settings, make a verdict; literal, by name and norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from robust.errors import RobustError, ThreatError, UnknownName
+from robust.registry import room, unknown
+
+DESCRIPTIONS = {
+    "quick": "APGD-CE and APGD-T, 20 steps, 3 targets: an upper bound of the robust accuracy in seconds",
+    "standard": "AutoAttack as published: APGD-CE, APGD-T, FAB-T, Square (Croce & Hein 2020, arXiv:2003.01690)",
+    "rand": "for randomised models: APGD-CE and APGD-DLR, gradients averaged over 20 forwards (arXiv:2003.01690)",
+    "score": "Square with 5,000 queries: for models that give scores only",
+}
+NORMS = ("linf", "l2", "l1")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of a suite: its registry name and hyper-parameters."""
+
+    attack: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+def stages(suite: str | Sequence[str], norm: str, black_box: bool = False) -> tuple[str, list[Stage]]:
+    """The suite's name and its stages in order.
+
+    Args:
+        suite: a name of `DESCRIPTIONS`, an attack's name, a comma list or a sequence of attacks' names.
+        norm: the threat's norm.
+        black_box: whether the model is an Oracle, for which white-box suites are refused.
+    """
+    names = [part.strip() for part in suite.split(",")] if isinstance(suite, str) else list(suite)
+    if len(names) == 1 and names[0] in DESCRIPTIONS:
+        plan = _named(names[0], norm)
+        if black_box and names[0] != "score":
+            raise RobustError(f"suite {names[0]} needs gradients, which an Oracle does not give; use suite score")
+        return names[0], plan
+    attacks = room("attacks")
+    for name in names:
+        if name not in attacks:
+            known = dict.fromkeys([*DESCRIPTIONS, *attacks]) if len(names) == 1 else attacks
+            raise UnknownName(unknown("suite or attack" if len(names) == 1 else "attack", name, list(known)))
+    return ",".join(names), [Stage(name) for name in names]
+
+
+def _named(name: str, norm: str) -> list[Stage]:
+    if norm not in NORMS:
+        raise ThreatError(f"suite {name} has no {norm} form; it knows {', '.join(NORMS)}; or name attacks, as pgd")
+    if name == "quick":
+        return [Stage("apgd-ce", {"steps": 20}), Stage("apgd-t", {"steps": 20, "n_targets": 3})]
+    if name == "rand":
+        return [Stage("apgd-ce", {"steps": 100, "copies": 20}), Stage("apgd-dlr", {"steps": 100, "copies": 20})]
+    square = Stage("square", {"queries": 5000})
+    if name == "score":
+        return [square]
+    sparse = norm == "l1"  # the published l1 form: Croce & Hein 2021, arXiv:2103.01208
+    return [
+        Stage("apgd-ce", {"steps": 100, "restarts": 5 if sparse else 1}),
+        Stage("apgd-t", {"steps": 100, "n_targets": 5 if sparse else 9}),
+        Stage("fab-t", {"steps": 100, "n_targets": 9}),
+        square,
+    ]
