@@ -122,9 +122,13 @@ class Attack:
         if self.until not in ("strongest", "broken", "smallest"):
             raise RobustError(f"until={self.until!r} is unknown; use 'strongest', 'broken' or 'smallest'")
         if not isinstance(model, (Classifier, Oracle)):
-            raise RobustError(f"{name} attacks a Classifier or an Oracle; wrap the module: Classifier(module)")
+            raise RobustError(
+                f"{name} attacks a Classifier or an Oracle; wrap the module: Classifier(module)"
+            )
         if isinstance(model, Oracle) and self.knowledge == "white":
-            raise RobustError(f"{name} needs gradients, which an Oracle does not give; use a black-box attack")
+            raise RobustError(
+                f"{name} needs gradients, which an Oracle does not give; use a black-box attack"
+            )
         if self.threat.norm not in self.norms:
             raise ThreatError(f"{name} has no {self.threat.norm} form; it knows {', '.join(self.norms)}")
         if not self.threat.bounded and not self.minimum_norm:
@@ -133,7 +137,9 @@ class Attack:
         self.threat.check(model.bounds)
         eps = self.threat.eps
         if isinstance(eps, Tensor) and eps.dim() and len(eps) != len(x):
-            raise ThreatError(f"eps has {len(eps)} radii for {len(x)} samples; give one number or one per sample")
+            raise ThreatError(
+                f"eps has {len(eps)} radii for {len(x)} samples; give one number or one per sample"
+            )
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters by name, for manifests and leaderboards."""
@@ -148,7 +154,9 @@ def _check_points(x: Tensor, y: Tensor, targets: Tensor | None) -> None:
         if classes is None:
             continue
         if classes.shape != (len(x),) or classes.is_floating_point():
-            raise DataError(f"{name} is {tuple(classes.shape)} of {classes.dtype}; it must be integers ({len(x)},)")
+            raise DataError(
+                f"{name} is {tuple(classes.shape)} of {classes.dtype}; it must be integers ({len(x)},)"
+            )
         if len(classes) and int(classes.min()) < 0:
             raise DataError(f"{name} holds the class {int(classes.min())}; classes are 0, 1, …")
 
@@ -167,4 +175,3 @@ def _cast(x_adv: Tensor, x: Tensor, success: Tensor, threat: Threat, bounds: tup
     stays = threat.inside(cast, x, bounds)
     success &= stays
     return torch.where(stays.view(-1, *[1] * (x.dim() - 1)), cast, x)
-

@@ -241,6 +241,9 @@ class _Engine:
 
     def _report(self) -> None:
         total = max(len(self.jobs.row), 1)
-        under_way = float(self.state["t"].float()[self.active.to(self.state["t"].device)].sum()) if self.state else 0.0
+        under_way = (
+            float(self.state["t"].float()[self.active.to(self.state["t"].device)].sum())
+            if self.state
+            else 0.0
+        )
         self.trial.progress(min(1.0, (self.finished_jobs + under_way / max(self.rule.steps, 1)) / total))
-

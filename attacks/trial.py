@@ -83,7 +83,9 @@ class Trial:
         """The model's number of classes."""
         return self.clean.shape[1]
 
-    def answer(self, query: Query, rows: dict[str, Tensor] | None = None, active: Tensor | None = None) -> Answer:
+    def answer(
+        self, query: Query, rows: dict[str, Tensor] | None = None, active: Tensor | None = None
+    ) -> Answer:
         """The subject's answer, counted; see `query.ask`."""
         answer, asked = ask(self.model, query, rows or {}, active)
         self.queries += asked
@@ -129,7 +131,9 @@ class Trial:
         if isinstance(self.model, Classifier) and self.model.randomised and bool(hit.any()):
             some = hit.nonzero()[:, 0]
             index = self.index.to(rows.device)[rows[some]]
-            majority = decide(self.model, points[some], self.y[rows[some]], targets_of(targets, some), index, self.seed)
+            majority = decide(
+                self.model, points[some], self.y[rows[some]], targets_of(targets, some), index, self.seed
+            )
             hit, sure = hit.clone(), sure.clone()
             hit[some], sure[some] = majority.hit, majority.hit
         return hit, sure
@@ -156,7 +160,9 @@ class Trial:
         """A trial of another attack on some of the samples, sharing this one's model and counts of clean points."""
         picked = targets_of(self.targets, rows)
         index = self.index[rows.cpu()]
-        other = Trial(attack, self.model, self.x[rows], self.y[rows], targets=picked, seed=self.seed, index=index)
+        other = Trial(
+            attack, self.model, self.x[rows], self.y[rows], targets=picked, seed=self.seed, index=index
+        )
         other._clean = self.clean[rows]
         other.hook = self.hook
         return other
@@ -181,4 +187,3 @@ class Trial:
 def targets_of(targets: Tensor | None, rows: Tensor) -> Tensor | None:
     """Some rows of targets that may be absent."""
     return None if targets is None else targets[rows]
-

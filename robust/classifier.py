@@ -61,7 +61,9 @@ class Classifier:
         self.warnings: list[str] = []
 
     def _statistics(self, values: float | Sequence[float] | None, default: float) -> Tensor:
-        numbers = torch.as_tensor(default if values is None else values, dtype=torch.float32).reshape(1, -1, 1, 1)
+        numbers = torch.as_tensor(default if values is None else values, dtype=torch.float32).reshape(
+            1, -1, 1, 1
+        )
         return numbers.to(self.device)
 
     def __repr__(self) -> str:
@@ -71,7 +73,14 @@ class Classifier:
     def classes(self) -> int:
         """Number of classes, known after the first forward."""
         if self._classes is None:
-            raise ModelError("the number of classes is known after the first forward; call the classifier once")
+            raise ModelError(
+                "the number of classes is known after the first forward; call the classifier once"
+            )
+        return self._classes
+
+    @property
+    def known_classes(self) -> int | None:
+        """`classes`, or None before the first forward."""
         return self._classes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -94,7 +103,9 @@ class Classifier:
         logits = self.module(self.normalise(x))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
             shape_found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ModelError(f"{self.name} returned {shape_found}; a classifier returns logits ({len(x)}, classes)")
+            raise ModelError(
+                f"{self.name} returned {shape_found}; a classifier returns logits ({len(x)}, classes)"
+            )
         self._classes = logits.shape[1]
         return logits.float()
 
@@ -146,7 +157,9 @@ class Classifier:
         self._checked = True
         probe = x[:16].to(self.device)
         if self.module.training:
-            self._warn("the model was in train mode; it was evaluated in eval mode (call model.eval() yourself)")
+            self._warn(
+                "the model was in train mode; it was evaluated in eval mode (call model.eval() yourself)"
+            )
         try:
             first, second = self.logits(probe), self.logits(probe)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -160,28 +173,30 @@ class Classifier:
     def _diagnose(self, first: Tensor, second: Tensor) -> None:
         finite = first.isfinite().all(1)
         if not bool(finite.any()):
-            raise ModelError(f"{self.name} returns NaN or infinite logits on every input; nothing can be measured")
+            raise ModelError(
+                f"{self.name} returns NaN or infinite logits on every input; nothing can be measured"
+            )
         if not bool(finite.all()):
-            self._warn("the model returns NaN or infinite logits on clean inputs; those samples count as misclassified")
+            self._warn(
+                "the model returns NaN or infinite logits on clean inputs; those samples count as misclassified"
+            )
         first, second = first[finite], second[finite]
         noise = 10 * FLOAT_NOISE * max(1.0, float(first.abs().max()))
         if not torch.allclose(first, second, rtol=0, atol=noise, equal_nan=True):
             self.randomised = True
-            self._warn("the model is randomised (two forwards differ); outcomes are a majority over keyed draws")
-        if bool((first >= 0).all()) and torch.allclose(first.sum(1), torch.ones(len(first)).to(first), atol=1e-3):
-            self._warn("outputs sum to 1: the model seems to return probabilities; return logits (remove the softmax)")
+            self._warn(
+                "the model is randomised (two forwards differ); outcomes are a majority over keyed draws"
+            )
+        if bool((first >= 0).all()) and torch.allclose(
+            first.sum(1), torch.ones(len(first)).to(first), atol=1e-3
+        ):
+            self._warn(
+                "outputs sum to 1: the model seems to return probabilities; return logits (remove the softmax)"
+            )
 
     def require_box(self, x: Tensor) -> None:
         """Raises `DataError` unless x is finite and inside the box."""
-        if x.numel() == 0:
-            return
-        low, high = float(x.min()), float(x.max())
-        if low >= self.bounds[0] and high <= self.bounds[1]:
-            return
-        advice = "divide by 255 or set bounds=(0, 255)" if high > 2 else "is it normalised already? then pass mean and std"
-        if low != low or high != high:
-            advice = "remove the NaN"
-        raise DataError(f"inputs span [{low:.4g}, {high:.4g}], outside the box {list(self.bounds)}; {advice}")
+        require_box(x, self.bounds)
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -200,6 +215,21 @@ class Classifier:
             hasher.update(repr((name, str(flat.dtype), tuple(flat.shape))).encode())
             hasher.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
         return hasher.hexdigest()
+
+
+def require_box(x: Tensor, bounds: tuple[float, float]) -> None:
+    """Raises `DataError` unless x is finite and inside the box `bounds`."""
+    if x.numel() == 0:
+        return
+    low, high = float(x.min()), float(x.max())
+    if low >= bounds[0] and high <= bounds[1]:
+        return
+    advice = "is it normalised already? then pass mean and std"
+    if high > 2:
+        advice = "divide by 255 or set bounds=(0, 255)"
+    if low != low or high != high:
+        advice = "remove the NaN"
+    raise DataError(f"inputs span [{low:.4g}, {high:.4g}], outside the box {list(bounds)}; {advice}")
 
 
 def misclassified(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:

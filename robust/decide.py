@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from robust.classifier import Classifier, clear, misclassified
+from robust.oracle import Oracle
 from robust.rng import derive
 
 DRAWS = 25
-_BATCH = 64
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,25 @@ class Decision:
         hit: (N,) bool: misclassified, or at the target.
         sure: (N,) bool: the outcome is outside float noise.
         prediction: (N,) predicted class, -1 for NaN; of a randomised model the most frequent one.
-        confidence: (N,) softmax probability of the prediction.
+        firm: (N,) bool: the predicted class itself, which may be one of several wrong ones, is outside float noise.
+        confidence: (N,) softmax probability of the prediction; 0 for NaN and for an oracle, which may give labels only.
     """
 
     hit: Tensor
     sure: Tensor
     prediction: Tensor
+    firm: Tensor
     confidence: Tensor
+
+
+def outcome(model: Classifier | Oracle, x: Tensor, y: Tensor, index: Tensor, seed: int) -> Decision:
+    """`decide` for a classifier; for an oracle the answers it gives, which count as queries."""
+    if isinstance(model, Classifier):
+        return decide(model, x, y, index=index, seed=seed)
+    prediction = model.labels(x).cpu()
+    hit = prediction != y.cpu()
+    known = torch.ones_like(hit)
+    return Decision(hit, known, prediction, known, torch.zeros(len(x)))
 
 
 def decide(
@@ -50,17 +63,18 @@ def decide(
     """
     if clf.randomised:
         return _majority(clf, x, y, targets, torch.arange(len(x)) if index is None else index, seed)
-    parts = [clf.logits(part) for part in x.split(_BATCH)]
+    parts = [clf.logits(part) for part in x.split(BATCH)]
     logits = torch.cat(parts) if parts else torch.zeros(0, 2, device=clf.device)
     y = y.to(logits.device)
-    prediction, confidence = _predict(logits)
-    return Decision(misclassified(logits, y, targets), clear(logits, y, targets), prediction, confidence)
+    return Decision(misclassified(logits, y, targets), clear(logits, y, targets), *_predict(logits))
 
 
-def _predict(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _predict(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Prediction, firmness and confidence of each row."""
     finite = logits.isfinite().all(1)
-    confidence, prediction = logits.nan_to_num(0.0).softmax(1).max(1)
-    return torch.where(finite, prediction, -1), torch.where(finite, confidence, 0.0)
+    logits = logits.nan_to_num(0.0)
+    confidence, prediction = logits.softmax(1).max(1)
+    return torch.where(finite, prediction, -1), ~finite | clear(logits, prediction), confidence * finite
 
 
 def _majority(
@@ -74,14 +88,22 @@ def _majority(
         own = y[i : i + 1].to(logits.device).expand(DRAWS)
         goal = None if targets is None else targets[i : i + 1].to(logits.device).expand(DRAWS)
         votes = int(misclassified(logits, own, goal).sum())
-        prediction, confidence = _predict(logits)
-        common = prediction.mode().values
-        rows.append((votes * 2 > DRAWS, abs(2 * votes - DRAWS) > 1, int(common), float(confidence.mean())))
-    hit, sure, prediction_, confidence_ = zip(*rows, strict=True) if rows else ((), (), (), ())
-    device = clf.device
+        prediction, _, confidence = _predict(logits)
+        common, firm = _commonest(prediction)
+        rows.append((votes * 2 > DRAWS, abs(2 * votes - DRAWS) > 1, common, firm, float(confidence.mean())))
+    kinds = (torch.bool, torch.bool, torch.long, torch.bool, torch.float32)
+    columns = zip(*rows, strict=True) if rows else ([] for _ in kinds)
     return Decision(
-        torch.tensor(hit, dtype=torch.bool, device=device),
-        torch.tensor(sure, dtype=torch.bool, device=device),
-        torch.tensor(prediction_, dtype=torch.long, device=device),
-        torch.tensor(confidence_, device=device),
+        *(
+            torch.tensor(column, dtype=kind, device=clf.device)
+            for column, kind in zip(columns, kinds, strict=True)
+        )
     )
+
+
+def _commonest(predictions: Tensor) -> tuple[int, bool]:
+    """The most frequent prediction, and whether it leads by more than one draw."""
+    values, counts = predictions.unique(return_counts=True)
+    leaders = counts.sort(descending=True)
+    lead = int(leaders.values[0]) - (int(leaders.values[1]) if len(counts) > 1 else 0)
+    return int(values[leaders.indices[0]]), lead > 1

@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from robust.classifier import Classifier
 from robust.errors import RunError
+from robust.oracle import Oracle
 
 
 def sample_digest(x: Tensor, y: int) -> str:
@@ -25,6 +28,14 @@ def sample_digest(x: Tensor, y: int) -> str:
 def data_digest(samples: list[str]) -> str:
     """sha256 (hex) over the samples' digests in order."""
     return hashlib.sha256("\n".join(samples).encode()).hexdigest()
+
+
+def model_digest(model: Classifier | Oracle) -> str:
+    """A classifier's digest, also behind an oracle; of other oracles only the name is known."""
+    if isinstance(model, Classifier):
+        return model.digest()
+    backend = model.backend
+    return backend.digest() if isinstance(backend, Classifier) else f"oracle:{model.name}"
 
 
 def file_digest(path: Path) -> str:
@@ -45,9 +56,22 @@ def write_atomic(path: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
+        flush_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes a rename in the folder last through a power cut, where folders can be flushed."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

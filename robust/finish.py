@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors.torch import save
 
 from robust.classifier import Classifier
-from robust.cost import Cost
 from robust.digest import data_digest, file_digest, write_atomic, write_json
-from robust.doubts import raise_doubts
-from robust.journal import SAMPLES, Journal, Record
+from robust.doubts import StageFacts, raise_doubts
+from robust.errors import RunError
+from robust.journal import SAMPLES, Journal, stage_table, sweep, total_cost
 from robust.oracle import Oracle
+from robust.plan import Plan, environment
+from robust.registry import room
 from robust.verdict import Samples, Verdict
-
-if TYPE_CHECKING:
-    from robust.evaluate import Plan
 
 SCHEMA = 1
 
 
-def finish(plan: Plan, journal: Journal, environment: dict[str, Any], report: bool) -> Verdict:
+def finish(plan: Plan, journal: Journal, report: bool) -> Verdict:
     """The verdict of a journal that holds every group; with a run folder, its final files."""
-    from robust.evaluate import samples_of
-
-    samples = samples_of(journal)
-    index, adversarial = journal.evidence()
-    order = index.argsort()
-    index, adversarial = index[order], adversarial[order]
-    manifest = _manifest(plan, journal, samples, environment)
-    verdict = Verdict(samples, index, adversarial, manifest, journal.out)
+    samples = Samples.of(journal.groups)
+    if len(samples.y) != len(plan.source):
+        raise RunError(f"the journal holds {len(samples.y)} of {len(plan.source)} samples")
+    manifest = _manifest(plan, journal, samples)
+    verdict = Verdict(samples, *journal.evidence(), manifest, journal.out)
     manifest["warnings"] = verdict.warnings = _doubts(plan, journal, verdict)
-    manifest["results"] = {
-        "clean_accuracy": verdict.clean_accuracy,
-        "robust_accuracy": verdict.robust_accuracy,
-        "curve": [list(pair) for pair in verdict.curve],
-        "correct": int(verdict.correct.sum()),
-        "robust": int(verdict.robust.sum()),
-        "marginal": int(verdict.marginal.sum()),
-    }
+    manifest["results"] = verdict.results()
     if journal.out is not None:
         _seal(plan, journal, verdict, report)
     return verdict
@@ -56,15 +43,15 @@ def _seal(plan: Plan, journal: Journal, verdict: Verdict, report: bool) -> None:
     write_json(out / "manifest.json", verdict.manifest)
     names = ["manifest.json", SAMPLES, "adversarial.safetensors"]
     if report:
-        from robust.report import write_report
+        from robust.report import write_report  # brings jinja2
 
         write_report(verdict, plan.source, verdict.labels, plan.model, out / "report.html")
         names.append("report.html")
     write_json(out / "digests.json", {name: file_digest(out / name) for name in names})
-    journal.clear()
+    sweep(out)
 
 
-def _manifest(plan: Plan, journal: Journal, samples: Samples, environment: dict[str, Any]) -> dict[str, Any]:
+def _manifest(plan: Plan, journal: Journal, samples: Samples) -> dict[str, Any]:
     model, source = plan.model, plan.source
     x, _ = source.batch([0])
     describe = plan.describe()
@@ -92,57 +79,51 @@ def _manifest(plan: Plan, journal: Journal, samples: Samples, environment: dict[
         "seed": plan.seed,
         "plan": describe,
         "stages": stage_table(journal.commits),
-        "cost": _total(journal.commits).to_dict(),
-        "started": plan.started,
+        "cost": total_cost(journal.commits).to_dict(),
+        "started": journal.started,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment,
+        **environment(plan),
         "warnings": [],
     }
 
 
 def _classes(model: Classifier | Oracle, samples: Samples) -> int:
-    if isinstance(model, Classifier):
-        return model.classes
-    return max(*samples.y, *samples.prediction) + 1 if model._classes is None else model.classes
+    return model.known_classes or max(*samples.y, *samples.prediction) + 1
 
 
-def stage_table(commits: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row per radius and attack: attempted, broken, cost, summed over the chunks."""
-    rows: dict[tuple[str, float], dict[str, Any]] = {}
-    for commit in commits:
-        row = rows.setdefault(
-            (commit["attack"], commit["eps"]),
-            {"attack": commit["attack"], "eps": commit["eps"], "attempted": 0, "broken": 0, "cost": Cost()},
-        )
-        row["attempted"] += commit["attempted"]
-        row["broken"] += commit["broken"]
-        row["cost"] += Cost(**commit["cost"])
-    return [{**row, "cost": row["cost"].to_dict()} for row in rows.values()]
-
-
-def _total(commits: Sequence[Record]) -> Cost:
-    return sum((Cost(**commit["cost"]) for commit in commits), Cost())
+def _facts(plan: Plan, journal: Journal) -> list[StageFacts]:
+    """What each attack of the suite saw, summed over chunks and radii."""
+    kinds = {stage.attack: room("attacks").load(stage.attack) for stage in plan.stages}
+    found = {name: StageFacts(name, kind.knowledge) for name, kind in kinds.items()}
+    for commit in journal.commits:
+        if commit["attack"] in found:
+            fact = found[commit["attack"]]
+            fact.attempted += commit["attempted"]
+            fact.broken += commit["broken"]
+            for name, count in commit["notes"].items():
+                fact.notes[name] = fact.notes.get(name, 0.0) + count
+    return list(found.values())
 
 
 def _doubts(plan: Plan, journal: Journal, verdict: Verdict) -> list[str]:
-    from robust.evaluate import facts
-
     model = plan.model
-    own = list(model.warnings) if isinstance(model, Classifier) else []
-    bounds = model.bounds
     found = raise_doubts(
         n=len(verdict),
         correct=int(verdict.correct.sum()),
         robust=int(verdict.robust.sum()),
         classes=verdict.manifest["model"]["classes"],
+        undefined=int((verdict.clean_predictions < 0).sum()),
         marginal=int(verdict.marginal.sum()),
-        width=bounds[1] - bounds[0],
+        width=model.bounds[1] - model.bounds[0],
         norm=verdict.threat.norm,
-        eps=float(torch.as_tensor(verdict.threat.eps)),
+        eps=float(verdict.threat.eps),
         randomised=isinstance(model, Classifier) and model.randomised,
         suite=plan.suite,
-        stages=facts(plan, journal.commits),
+        stages=_facts(plan, journal),
     )
     if isinstance(model, Oracle):
-        found.insert(0, "only the oracle's answers were used: a white-box attack may find a lower robust accuracy")
-    return [*own, *found]
+        return [
+            "only the oracle's answers were used: a white-box attack may find a lower robust accuracy",
+            *found,
+        ]
+    return [*model.warnings, *found]

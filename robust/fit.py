@@ -130,6 +130,7 @@ def fit(
         data: a `Data`, or (x, y): x (N, C, H, W) in the box, or uint8 for [0, 1]; y (N,) labels.
         loss: a recipe, or any callable ``loss(clf, x, y, index, epoch_seed)``.
         augment: ``augment(x, index, epoch_seed)``, for example `robust.augment.Augment(crop=4, flip=True)`.
+        device: where a bare module is trained; a `Classifier` has its own.
         valid: held-out data, whose accuracy goes into the history, or a callable that measures the classifier.
         out: run folder: `model.safetensors` and `train.json` at the end, a checkpoint from time to time.
         resume: continue from the checkpoint in `out`; a folder without one is started in.
@@ -196,6 +197,7 @@ class _Training:
         self.settings, self.recipe = settings, loss
         self.clf = Learner(given.module, given.bounds, mean, std, given.device, given.name)
         self.module = given.module
+        self.check(x, y)
         self.x, self.y = x.to(given.device), y.to(given.device)
         self.augment, self.valid = augment, valid
         if settings.channels_last:
@@ -207,6 +209,15 @@ class _Training:
         self.per_epoch = math.ceil(len(x) / settings.batch_size) - alone
         self.place = Place()
         self.order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def check(self, x: Tensor, y: Tensor) -> None:
+        """Raises one line unless the model takes such inputs and has an output for every label."""
+        if x.dtype != torch.uint8:
+            self.clf.require_box(x)
+        with self.clf.session():
+            self.clf.check(x[:16].float() / 255 if x.dtype == torch.uint8 else x[:16])
+        if int(y.max()) >= self.clf.classes:
+            raise DataError(f"a label is {int(y.max())}, but {self.clf.name} has {self.clf.classes} classes")
 
     @property
     def steps(self) -> int:

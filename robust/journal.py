@@ -11,6 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,73 +22,145 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from robust.digest import read_json, write_atomic, write_json
+from robust.cost import Cost
+from robust.digest import flush_folder, read_json, write_atomic, write_json
 from robust.errors import RunError
 
 Record = dict[str, Any]
 PLAN, SAMPLES, EVIDENCE = "plan.json", "samples.jsonl", "evidence"
-FINAL = ("manifest.json", "adversarial.safetensors", "digests.json")
+
+
+@dataclass
+class Pages:
+    """Whole groups, as ``samples.jsonl`` holds them.
+
+    Attributes:
+        groups: each group's records by its key, in order; commits: their closing lines.
+        end: length in bytes of the whole groups; what follows belongs to none.
+    """
+
+    groups: dict[str, list[Record]] = field(default_factory=dict)
+    commits: list[Record] = field(default_factory=list)
+    end: int = 0
+
+
+def read_pages(raw: bytes) -> Pages:
+    """Reads up to the last commit; a torn or foreign line ends the reading."""
+    pages, position, pending = Pages(), 0, list[Record]()
+    for line in raw.splitlines(keepends=True):
+        position += len(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(record, dict):
+            break
+        if "commit" not in record:
+            pending.append(record)
+            continue
+        pages.groups[record["commit"]["key"]] = pending
+        pages.commits.append(record["commit"])
+        pages.end, pending = position, []
+    return pages
+
+
+def stage_table(commits: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row per radius and attack: attempted, broken, cost, summed over the chunks."""
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
+    for commit in commits:
+        row = rows.setdefault(
+            (commit["attack"], commit["eps"]),
+            {"attack": commit["attack"], "eps": commit["eps"], "attempted": 0, "broken": 0, "cost": Cost()},
+        )
+        row["attempted"] += commit["attempted"]
+        row["broken"] += commit["broken"]
+        row["cost"] += Cost(**commit["cost"])
+    return [{**row, "cost": row["cost"].to_dict()} for row in rows.values()]
+
+
+def total_cost(commits: Sequence[Record]) -> Cost:
+    """The sum of all groups' costs."""
+    return sum((Cost(**commit["cost"]) for commit in commits), Cost())
+
+
+def require_same(stored: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raises `RunError` unless the plan of a run to resume is the stored one."""
+    for key, value in plan.items():
+        if stored.get(key) == json.loads(json.dumps(value)):
+            continue
+        if key in ("model", "data"):
+            raise RunError(f"the run to resume is about another {key}; choose another folder")
+        raise RunError(
+            f"the run to resume has {key}={stored.get(key)!r}, not {value!r}; choose another folder"
+        )
 
 
 class Journal:
     """Groups in memory (``out=None``) or in a run folder.
 
     Attributes:
-        groups: the committed groups' records by key, in order.
+        groups: the committed groups' records by key, in order; commits: their closing lines.
+        started: when the run began, also across resumes.
     """
 
     def __init__(self, out: Path | None, plan: dict[str, Any], resume: bool = False) -> None:
         self.out = out
         self.groups: dict[str, list[Record]] = {}
         self.commits: list[Record] = []
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self._memory: list[tuple[Tensor, Tensor]] = []
         self._shards = 0
-        if out is not None:
-            self._open(out, plan, resume)
-
-    def _open(self, out: Path, plan: dict[str, Any], resume: bool) -> None:
-        if (out / PLAN).exists() and resume:
-            self._same(read_json(out / PLAN), plan)
-            self._replay(out / SAMPLES)
+        if out is None:
             return
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if resume and (out / PLAN).exists():
+            self._reopen(out, plan)
+        else:
+            self._open(out, plan)
+
+    def _open(self, out: Path, plan: dict[str, Any]) -> None:
+        """A new folder; what a kill at this very moment left behind does not count as something."""
+        if out.exists() and (not out.is_dir() or any(path.name != f".{PLAN}.part" for path in out.iterdir())):
             hint = "add --resume to continue it" if (out / PLAN).exists() else "choose another folder"
             raise RunError(f"{out} already holds something; {hint}")
+        new = not out.exists()
         try:
-            (out / EVIDENCE).mkdir(parents=True)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / PLAN, {**plan, "started": self.started})
+        except (OSError, RunError) as error:
+            if new:
+                with suppress(OSError):
+                    out.rmdir()
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RunError(f"cannot write to {out}: {reason}") from error
+        self._make_room(out)
+
+    def _reopen(self, out: Path, plan: dict[str, Any]) -> None:
+        """Whole groups are taken over; what follows the last commit is cut off."""
+        stored = read_json(out / PLAN)
+        require_same(stored, plan)
+        self.started = stored.get("started", self.started)
+        self._make_room(out)
+        try:
+            raw = (out / SAMPLES).read_bytes() if (out / SAMPLES).exists() else b""
+            pages = read_pages(raw)
+            if pages.end < len(raw):
+                os.truncate(out / SAMPLES, pages.end)
         except OSError as error:
-            raise RunError(f"cannot write to {out}: {error.strerror or error}") from error
-        write_json(out / PLAN, plan)
+            raise RunError(f"cannot continue {out}: {error.strerror or error}") from error
+        self.groups, self.commits = pages.groups, pages.commits
+        self._shards = sum(commit["shard"] is not None for commit in self.commits)
+        for shard in range(self._shards):
+            if not self._shard(shard).is_file():
+                raise RunError(
+                    f"{self._shard(shard)} is missing: the run cannot be continued; choose another folder"
+                )
 
     @staticmethod
-    def _same(stored: dict[str, Any], plan: dict[str, Any]) -> None:
-        for key, value in plan.items():
-            if stored.get(key) != json.loads(json.dumps(value)):
-                raise RunError(f"the run to resume has {key}={stored.get(key)!r}, not {value!r}; choose another folder")
-
-    def _replay(self, path: Path) -> None:
-        """Reads whole groups and cuts off what follows the last commit."""
-        raw = path.read_bytes() if path.exists() else b""
-        end, position, pending = 0, 0, []
-        for line in raw.splitlines(keepends=True):
-            position += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if "commit" not in record:
-                pending.append(record)
-                continue
-            self._remember(record["commit"], pending)
-            pending, end = [], position
-        if end < len(raw):
-            with path.open("r+b") as stream:
-                stream.truncate(end)
-        self._shards = sum(1 for commit in self.commits if commit["shard"] is not None)
-
-    def _remember(self, commit: Record, records: list[Record]) -> None:
-        self.groups[commit["key"]] = records
-        self.commits.append(commit)
+    def _make_room(out: Path) -> None:
+        try:
+            (out / EVIDENCE).mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write to {out}: {error.strerror or error}") from error
 
     def commit(self, commit: Record, records: Sequence[Record], index: Tensor, evidence: Tensor) -> None:
         """Makes a group permanent.
@@ -101,15 +176,20 @@ class Journal:
         if self.out is not None:
             lines = [*records, {"commit": commit}]
             self._append(self.out / SAMPLES, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        self._remember(commit, list(records))
+        self.groups[commit["key"]] = list(records)
+        self.commits.append(commit)
+        self._shards += shard is not None
 
     def _store(self, shard: int, index: Tensor, evidence: Tensor) -> None:
-        self._shards += 1
         if self.out is None:
             self._memory.append((index.cpu(), evidence.cpu()))
             return
         tensors = {"index": index.cpu().contiguous(), "adversarial": evidence.cpu().contiguous()}
-        write_atomic(self.out / EVIDENCE / f"{shard:06d}.safetensors", save(tensors))
+        write_atomic(self._shard(shard), save(tensors))
+
+    def _shard(self, shard: int) -> Path:
+        assert self.out is not None
+        return self.out / EVIDENCE / f"{shard:06d}.safetensors"
 
     @staticmethod
     def _append(path: Path, content: bytes) -> None:
@@ -119,29 +199,41 @@ class Journal:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
+            if not size:
+                flush_folder(path.parent)
         except OSError as error:
-            if path.exists():
+            with suppress(OSError):
                 os.truncate(path, size)
-            raise RunError(f"cannot write {path}: {error.strerror or error}; free space, then --resume") from error
+            raise RunError(
+                f"cannot write {path}: {error.strerror or error}; free space, then --resume"
+            ) from error
+
+    def cost(self) -> Cost:
+        """What all groups took."""
+        return total_cost(self.commits)
 
     def evidence(self) -> tuple[Tensor, Tensor]:
-        """Positions (M,) and points (M, C, H, W) of all groups; the last one of a sample counts."""
-        parts = self._memory if self.out is None else [self._read(k) for k in range(self._shards)]
+        """Positions (M,) ascending and points (M, C, H, W) of all groups, which break a sample at most once."""
+        parts = self._memory if self.out is None else [self._read(shard) for shard in range(self._shards)]
         if not parts:
             return torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        index = torch.cat([part[0] for part in parts])
+        order = index.argsort()
+        return index[order], torch.cat([part[1] for part in parts])[order]
 
     def _read(self, shard: int) -> tuple[Tensor, Tensor]:
-        assert self.out is not None
-        path = self.out / EVIDENCE / f"{shard:06d}.safetensors"
+        path = self._shard(shard)
         try:
             tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
+            return tensors["index"], tensors["adversarial"]
+        except (OSError, KeyError, SafetensorError) as error:
             raise RunError(f"the evidence {path} cannot be read: {error}") from error
-        return tensors["index"], tensors["adversarial"]
 
-    def clear(self) -> None:
-        """Removes what only a running job needs."""
-        if self.out is not None:
-            shutil.rmtree(self.out / EVIDENCE, ignore_errors=True)
-            (self.out / PLAN).unlink(missing_ok=True)
+
+def sweep(out: Path) -> None:
+    """Removes from a finished run's folder what only a running job needs."""
+    shutil.rmtree(out / EVIDENCE, ignore_errors=True)
+    with suppress(OSError):
+        (out / PLAN).unlink(missing_ok=True)
+        for path in out.glob("*.part"):
+            path.unlink()

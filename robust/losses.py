@@ -39,7 +39,7 @@ def best_other(logits: Tensor, y: Tensor) -> Tensor:
 def margin(
     logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tensor | None = None
 ) -> Tensor:
-    """Margin loss max_{j≠y} z_j − z_y (Carlini & Wagner 2017, arXiv:1608.04644); towards a target z_t − max_{j≠t} z_j."""
+    """Margin loss max_{j≠y} z_j − z_y (Carlini & Wagner 2017, arXiv:1608.04644); with a target z_t − max_{j≠t} z_j."""
     if targets is None:
         return best_other(logits, y) - _of(logits, y)
     return _of(logits, targets) - best_other(logits, targets)
@@ -54,9 +54,7 @@ def cross_entropy(
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def dlr(
-    logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tensor | None = None
-) -> Tensor:
+def dlr(logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
     """Difference of logits ratio (Croce & Hein 2020, arXiv:2003.01690, eq. 6): needs 3 classes.
 
     −(z_y − max_{j≠y} z_j) / (z_π1 − z_π3), unchanged when logits are shifted or scaled.
@@ -85,15 +83,13 @@ def targeted_dlr(
 def combined_targeted(
     logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tensor | None = None
 ) -> Tensor:
-    """Away from y and towards t at once: minimises −C(x, y) + C(x, t), that is, raises C(x, y) − C(x, t) = z_t − z_y."""
+    """Away from y and towards t at once: minimises −C(x, y) + C(x, t), that is, raises z_t − z_y."""
     if targets is None:
         raise RobustError("combined-targeted needs target classes; use cross-entropy where there are none")
     return _of(logits, targets) - _of(logits, y)
 
 
-def kl(
-    logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tensor | None = None
-) -> Tensor:
+def kl(logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
     """Kullback-Leibler divergence KL(p(clean) ‖ p(x)) (Zhang et al. 2019, TRADES, arXiv:1901.08573)."""
     if reference is None:
         raise RobustError("kl needs the clean points' logits as its reference")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -48,7 +49,9 @@ class Oracle:
         self.backend, self.answers, self.budget = backend, answers, budget
         self.bounds = backend.bounds if isinstance(backend, Classifier) else bounds
         self.device = backend.device if isinstance(backend, Classifier) else torch.device("cpu")
-        self.name = name or (backend.name if isinstance(backend, Classifier) else getattr(backend, "__name__", "oracle"))
+        self.name = name or (
+            backend.name if isinstance(backend, Classifier) else getattr(backend, "__name__", "oracle")
+        )
         self.batch, self.retries = batch, retries
         self._classes = classes
         self.cost = Cost()
@@ -61,9 +64,24 @@ class Oracle:
         return self._classes
 
     @property
+    def known_classes(self) -> int | None:
+        """`classes`, or None before the first answer with scores."""
+        return self._classes
+
+    @property
     def left(self) -> float:
         """Queries left in the budget; infinite without one."""
         return float("inf") if self.budget is None else self.budget - self.cost.queries
+
+    @contextmanager
+    def limit(self, queries: int) -> Iterator[None]:
+        """At most so many further queries while open; the budget itself stays as it is."""
+        whole = self.budget
+        self.budget = self.cost.queries + queries
+        try:
+            yield
+        finally:
+            self.budget = whole
 
     def scores(self, x: Tensor) -> Tensor:
         """Scores (N, classes) of x, counted before they are asked for.
@@ -89,7 +107,9 @@ class Oracle:
 
     def _ask(self, x: Tensor) -> Tensor:
         if len(x) > self.left:
-            raise BudgetExceeded(f"the query budget of {self.budget} is spent: {len(x)} asked, {int(self.left)} left")
+            raise BudgetExceeded(
+                f"the query budget of {self.budget} is spent: {len(x)} asked, {int(self.left)} left"
+            )
         self.cost.queries += len(x)
         return torch.cat([self._call(part) for part in x.split(self.batch)])
 
@@ -101,7 +121,9 @@ class Oracle:
                 break
             except OSError as error:
                 if attempt == self.retries:
-                    raise ModelError(f"{self.name} did not answer after {attempt + 1} tries: {error}") from error
+                    raise ModelError(
+                        f"{self.name} did not answer after {attempt + 1} tries: {error}"
+                    ) from error
                 time.sleep(0.1 * 2**attempt)
         if len(answer) != len(x):
             raise ModelError(f"{self.name} answered {len(answer)} of {len(x)} points")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robust import report_figures as figures
+from robust.digest import write_atomic
 from robust.rows import Source, as_source
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def write_report(
         _context(verdict, x if hasattr(x, "batch") else as_source(x, y), classes)
     )
     target = Path(path)
-    unfinished = target.with_name(target.name + ".part")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, target)
+    write_atomic(target, page.encode())
     return target
 
 

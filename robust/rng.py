@@ -69,7 +69,8 @@ class Draws:
 
     def signs(self, *shape: int) -> Tensor:
         """(B, *shape) float32 in {-1, +1}."""
-        return (self.bits(math.prod(shape)) >> 31).float().mul_(2).sub_(1).unflatten(1, shape)
+        values: Tensor = (self.bits(math.prod(shape)) >> 31).float().mul_(2).sub_(1).unflatten(1, shape)
+        return values
 
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) float32 standard normals (Box-Muller)."""
@@ -78,11 +79,16 @@ class Draws:
         radius = (((pairs[..., 0] >> 8) + 1).float() * 2.0**-24).log_().mul_(-2).sqrt_()
         angle = (pairs[..., 1] >> 8).float() * (2 * math.pi * 2.0**-24)
         values = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)[:, :count]
-        return values.unflatten(1, shape)
+        shaped: Tensor = values.unflatten(1, shape)
+        return shaped
 
     def below(self, high: Tensor | int, count: int) -> Tensor:
         """(B, count) int64 uniform on [0, high), `high` at most 2^31, one number or (B, 1)."""
         return (self.bits(count) * high) >> 32
+
+    def branch(self, name: str) -> Draws:
+        """A source for other numbers of the same rows and steps, independent of this one."""
+        return Draws(self.seed, f"{self.stream}/{name}", self.identity, self.step)
 
     def at(self, step: Tensor | int) -> Draws:
         """The same source at another step."""

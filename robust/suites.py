@@ -38,7 +38,9 @@ def stages(suite: str | Sequence[str], norm: str, black_box: bool = False) -> tu
     if len(names) == 1 and names[0] in DESCRIPTIONS:
         plan = _named(names[0], norm)
         if black_box and names[0] != "score":
-            raise RobustError(f"suite {names[0]} needs gradients, which an Oracle does not give; use suite score")
+            raise RobustError(
+                f"suite {names[0]} needs gradients, which an Oracle does not give; use suite score"
+            )
         return names[0], plan
     attacks = room("attacks")
     for name in names:
@@ -50,11 +52,16 @@ def stages(suite: str | Sequence[str], norm: str, black_box: bool = False) -> tu
 
 def _named(name: str, norm: str) -> list[Stage]:
     if norm not in NORMS:
-        raise ThreatError(f"suite {name} has no {norm} form; it knows {', '.join(NORMS)}; or name attacks, as pgd")
+        raise ThreatError(
+            f"suite {name} has no {norm} form; it knows {', '.join(NORMS)}; or name attacks, as pgd"
+        )
     if name == "quick":
         return [Stage("apgd-ce", {"steps": 20}), Stage("apgd-t", {"steps": 20, "n_targets": 3})]
     if name == "rand":
-        return [Stage("apgd-ce", {"steps": 100, "copies": 20}), Stage("apgd-dlr", {"steps": 100, "copies": 20})]
+        return [
+            Stage("apgd-ce", {"steps": 100, "copies": 20}),
+            Stage("apgd-dlr", {"steps": 100, "copies": 20}),
+        ]
     square = Stage("square", {"queries": 5000})
     if name == "score":
         return [square]

@@ -8,7 +8,7 @@ box; attacks, `evaluate` and `verify` share that constant.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,12 +23,20 @@ from robust.rng import Draws
 SLACK = 1e-7
 Bounds = tuple[float, float]
 _SPARSE_FRACTION = 0.05
+_FAR = 1e9  # squares of larger coordinates overflow float32
 
 
 def _column(value: Tensor | float, x: Tensor) -> Tensor:
     """A number or one per sample as (B, 1, …) beside x."""
-    column = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    column = torch.as_tensor(value, device=x.device)
+    column = column if column.dtype == torch.bool else column.to(x.dtype)
     return column.reshape(-1, *([1] * (x.dim() - 1))) if column.dim() else column.expand(len(x), *[1] * (x.dim() - 1))
+
+
+def _anywhere(x: Tensor, bounds: Bounds, draws: Draws) -> Tensor:
+    """A keyed random point of the box."""
+    low, high = bounds
+    return low + (high - low) * draws.uniform(*x.shape[1:]).to(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +53,23 @@ class Threat:
 
     def __post_init__(self) -> None:
         values = torch.as_tensor(self.eps, dtype=torch.float64)
-        if values.numel() == 0 or bool(values.isnan().any()) or bool((values <= 0).any()):
-            raise ThreatError(f"eps={self.eps} is no radius; it must be a positive number such as 8/255")
+        if values.dim() > 1:
+            raise ThreatError(f"eps has shape {tuple(values.shape)}; it is one number, or (N,) with one per sample")
+        wrong = values[~(values > 0)]
+        if values.numel() == 0 or len(wrong):
+            shown = f"{wrong.reshape(-1)[0]:g}" if len(wrong) else "[]"
+            raise ThreatError(f"eps={shown} is no radius; it must be a positive number such as 8/255")
+
+    def _identity(self) -> tuple[Any, ...]:
+        values = torch.as_tensor(self.eps, dtype=torch.float64)
+        others = (getattr(self, field.name) for field in fields(self) if field.name != "eps")
+        return (type(self), tuple(values.shape), tuple(values.reshape(-1).tolist()), *others)
 
     def __eq__(self, other: object) -> bool:
-        if type(self) is not type(other) or not isinstance(other, Threat):
-            return False
-        return bool(torch.equal(torch.as_tensor(self.eps).double(), torch.as_tensor(other.eps).double()))
+        return isinstance(other, Threat) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
-        return hash((type(self), tuple(torch.as_tensor(self.eps).reshape(-1).tolist())))
+        return hash(self._identity())
 
     def check(self, bounds: Bounds) -> None:
         """Raises `ThreatError` when eps cannot be meant for the box `bounds`."""
@@ -72,7 +87,12 @@ class Threat:
     @property
     def bounded(self) -> bool:
         """Whether every sample has a finite radius."""
-        return bool(torch.isfinite(torch.as_tensor(self.eps)).all())
+        return bool(self._finite().all())
+
+    @property
+    def radius(self) -> float:
+        """The largest eps as a number."""
+        return float(torch.as_tensor(self.eps, dtype=torch.float64).max())
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """(N,) float64 distances in this norm."""
@@ -81,7 +101,7 @@ class Threat:
     def inside(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
         """(N,) bool: within eps + SLACK in float64, inside the box, and finite."""
         flat = x_adv.flatten(1)
-        boxed = ((flat >= bounds[0]) & (flat <= bounds[1])).all(1)
+        boxed = (flat.amin(1) >= bounds[0]) & (flat.amax(1) <= bounds[1])
         eps = torch.as_tensor(self.eps, dtype=torch.float64, device=x.device)
         return boxed & (self.distance(x_adv, x) <= eps + SLACK)
 
@@ -93,24 +113,29 @@ class Threat:
             bounds: the model's box.
 
         Returns:
-            Points for which `inside` holds. NaN is no point: it projects to the centre.
+            Points for which `inside` holds. A coordinate that is NaN is the centre's; beyond ±1e9 it counts as 1e9.
         """
-        if not bool(x_adv.sum().isfinite()):
-            x_adv = torch.where(x_adv.isnan(), x, x_adv)
-        if not self.bounded:
+        low, high = x_adv.aminmax() if len(x_adv) else (x_adv.sum(), x_adv.sum())
+        if not bool((low >= -_FAR) & (high <= _FAR)):
+            x_adv = torch.where(x_adv.isnan(), x, x_adv).clamp(-_FAR, _FAR)
+        if not bool(self._finite().any()):
             return x_adv.clamp(*bounds)
         return self._inward(self._project(x_adv, x, bounds), x, bounds)
 
+    def _finite(self) -> Tensor:
+        return torch.isfinite(torch.as_tensor(self.eps))
+
     def _inward(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
         """Shrinks the rows that rounding pushed out of the ball; a row that stays out becomes its centre."""
-        eps = torch.as_tensor(self.eps, dtype=torch.float64, device=x.device).expand(len(x))
+        eps = torch.as_tensor(self.eps, dtype=torch.float64, device=x.device)
+        error = 1 + torch.finfo(x.dtype).eps  # a difference of floats is right to half of this: no pass in float64
         for shrink in (1e-6, 1e-5, 1e-4, 1.0):
-            distance = self.distance(x_adv, x)
-            out = distance > eps + SLACK / 2
-            if not bool(out.any()):
+            most = self._length((x_adv - x).flatten(1)) * error
+            inside = most <= eps + SLACK / 2
+            if bool(inside.all()):
                 break
-            factor = _column((eps / distance.clamp_min(1e-300)).clamp_max(1.0) * (1 - shrink), x)
-            x_adv = torch.where(_column(out.float(), x) > 0, (x + (x_adv - x) * factor).clamp(*bounds), x_adv)
+            factor = torch.where(inside, 1.0, (eps / most).clamp_max(1) * (1 - shrink))
+            x_adv = torch.lerp(x, x_adv, _column(factor, x)).clamp_(*bounds)
         return x_adv
 
     def _length(self, delta: Tensor) -> Tensor:
@@ -120,11 +145,14 @@ class Threat:
         raise TypeError(f"{type(self).__name__} does not project; use Linf, L2, L1, L0 or Patch")
 
     def random(self, x: Tensor, bounds: Bounds, draws: Draws) -> Tensor:
-        """A keyed random point of ball ∩ box (the whole box where eps is infinite)."""
-        if not self.bounded:
-            low, high = bounds
-            return low + (high - low) * draws.uniform(*x.shape[1:]).to(x)
-        return self.project(x + self._noise(x, draws) * _column(self.eps, x), x, bounds)
+        """A keyed random point of ball ∩ box (of the whole box where eps is infinite)."""
+        finite = self._finite()
+        if not bool(finite.any()):
+            return _anywhere(x, bounds, draws)
+        if bool(finite.all()):
+            return self.project(x + self._noise(x, draws) * _column(self.eps, x), x, bounds)
+        near = self.with_eps(torch.as_tensor(self.eps).nan_to_num(posinf=1.0)).random(x, bounds, draws)
+        return torch.where(_column(finite.to(x.device), x), near, _anywhere(x, bounds, draws))
 
     def _noise(self, x: Tensor, draws: Draws) -> Tensor:
         """A random displacement of the unit ball."""
@@ -165,7 +193,7 @@ class Linf(Threat):
             raise ThreatError(f"eps={largest:g} is outside the box [{bounds[0]:g}, {bounds[1]:g}]{hint}")
 
     def _length(self, delta: Tensor) -> Tensor:
-        return delta.abs().amax(1)
+        return delta.abs().amax(1).double()
 
     def _project(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
         eps = _column(self.eps, x)
@@ -188,20 +216,18 @@ class L2(Threat):
     norm: ClassVar[str] = "l2"
 
     def _length(self, delta: Tensor) -> Tensor:
-        return delta.norm(dim=1)
+        length: Tensor = torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64)
+        return length
 
     def _project(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
-        delta = (x_adv - x).flatten(1)
-        room = torch.where(delta > 0, bounds[1] - x.flatten(1), x.flatten(1) - bounds[0]).clamp_min(0)
-        eps = _column(self.eps, x).flatten(1)
-        scale = projections.l2_scale(delta, room, eps)
-        step = torch.minimum((scale * delta).abs(), room) * delta.sign()
-        return (x + step.view_as(x)).clamp_(*bounds)
+        delta, room = (x_adv - x).flatten(1), (x_adv.clamp(*bounds) - x).flatten(1)
+        scale = projections.l2_scale(delta, room, _column(self.eps, x).flatten(1))
+        return torch.lerp(x, x_adv, _column(scale[:, 0], x)).clamp_(*bounds)
 
     def _noise(self, x: Tensor, draws: Draws) -> Tensor:
         count = x[0].numel()
         numbers = draws.normal(count).to(x)
-        radius = draws.at(1 << 30).uniform().to(x)[:, None].pow(1 / count)
+        radius = draws.branch("radius").uniform().to(x)[:, None].pow(1 / count)
         return (F.normalize(numbers, dim=1) * radius).view_as(x)
 
     def steepest(self, gradient: Tensor, keep: Tensor | float = _SPARSE_FRACTION) -> Tensor:
@@ -211,8 +237,9 @@ class L2(Threat):
         return F.normalize(flat, dim=1, eps=1e-12).view_as(gradient)
 
     def dual(self, gradient: Tensor) -> Tensor:
-        """See `Threat.dual`."""
-        return gradient.flatten(1).norm(dim=1)
+        """See `Threat.dual`; squares of tiny gradients would vanish in float32."""
+        length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64)
+        return length.to(gradient.dtype)
 
     def to_hyperplane(self, x: Tensor, normal: Tensor, gap: Tensor, bounds: Bounds) -> Tensor:
         """See `Threat.to_hyperplane`."""
@@ -226,27 +253,27 @@ class L1(Threat):
     norm: ClassVar[str] = "l1"
 
     def _length(self, delta: Tensor) -> Tensor:
-        return delta.abs().sum(1)
+        return delta.abs().sum(1, dtype=torch.float64)
 
     def _project(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
-        delta = (x_adv - x).flatten(1)
-        room = torch.where(delta > 0, bounds[1] - x.flatten(1), x.flatten(1) - bounds[0]).clamp_min(0)
+        delta, room = (x_adv - x).flatten(1), (x_adv.clamp(*bounds) - x).flatten(1)
         shrink = projections.l1_shrink(delta, room, _column(self.eps, x).flatten(1))
-        step = torch.minimum((delta.abs() - shrink).clamp_min(0), room) * delta.sign()
+        step = (delta.abs() - shrink).clamp_min_(0).mul_(delta.sign())  # exactly 0 where it is not changed
         return (x + step.view_as(x)).clamp_(*bounds)
 
     def _noise(self, x: Tensor, draws: Draws) -> Tensor:
         exponentials = -torch.log1p(-draws.uniform(x[0].numel() + 1).to(x))
         sizes = exponentials[:, :-1] / exponentials.sum(1, keepdim=True)
-        return (sizes * draws.at(1 << 30).signs(x[0].numel()).to(x)).view_as(x)
+        return (sizes * draws.branch("signs").signs(x[0].numel()).to(x)).view_as(x)
 
     def steepest(self, gradient: Tensor, keep: Tensor | float = _SPARSE_FRACTION) -> Tensor:
         """Signs of the largest `keep` of the coordinates, scaled to length one (Tramèr & Boneh 2019)."""
         flat = gradient.flatten(1)
+        size = flat.abs()
         count = (torch.as_tensor(keep, device=flat.device) * flat.shape[1]).long().clamp(1, flat.shape[1])
-        ranked = flat.abs().sort(1, descending=True).values
+        ranked = size.topk(int(count.max()), dim=1).values
         threshold = ranked.gather(1, (count.expand(len(flat)) - 1)[:, None])
-        signs = torch.where(flat.abs() >= threshold, flat.sign(), 0)
+        signs = flat.sign() * (size >= threshold)
         return (signs / signs.abs().sum(1, keepdim=True).clamp_min(1)).view_as(gradient)
 
     def dual(self, gradient: Tensor) -> Tensor:
@@ -258,38 +285,46 @@ class L1(Threat):
         return projections.hyperplane_l1(x.flatten(1), normal.flatten(1), gap[:, None], bounds).view_as(x)
 
 
-def _pixels(delta: Tensor) -> Tensor:
-    """(N, H·W) l2 size of each pixel's change over its channels."""
-    return delta.flatten(2).square().sum(1) if delta.dim() > 2 else delta.square()
+@dataclass(frozen=True, eq=False)
+class _Pixels(Threat):
+    """Threats that count or enclose changed pixels and leave their size to the box; no rounding matters to them."""
+
+    def _inward(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
+        return x_adv
+
+    def random(self, x: Tensor, bounds: Bounds, draws: Draws) -> Tensor:
+        """The projection of a keyed random point of the box."""
+        return self.project(_anywhere(x, bounds, draws), x, bounds)
+
+
+def _gain(x_adv: Tensor, x: Tensor, boxed: Tensor) -> Tensor:
+    """(N, 1, H, W) how much nearer to x_adv each pixel comes, in squared l2, when it moves from x to the box's point."""
+    return ((boxed - x) * ((x_adv - x) + (x_adv - boxed))).sum(1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
-class L0(Threat):
+class L0(_Pixels):
     """At most `eps` pixels change, each in all its channels."""
 
     norm: ClassVar[str] = "l0"
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """(N,) float64 counts of changed pixels."""
-        return (_pixels(x_adv.double() - x.double()) > 0).sum(1).double()
+        return (x_adv != x).any(1).flatten(1).sum(1).double()
 
     def _project(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
-        x_adv = x_adv.clamp(*bounds)
-        size = _pixels(x_adv - x)
-        rank = size.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        kept = (rank < _column(self.eps, size)).view(len(x), *([1] if x.dim() > 2 else []), *x.shape[2:] or x.shape[1:])
-        return torch.where(kept, x_adv, x)
-
-    def _noise(self, x: Tensor, draws: Draws) -> Tensor:
-        return (2 * draws.uniform(*x.shape[1:]).to(x) - 1) / _column(self.eps, x)
+        boxed = x_adv.clamp(*bounds)
+        gain = _gain(x_adv, x, boxed)
+        rank = gain.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return torch.where((rank + 1 <= _column(self.eps, rank.double())).view_as(gain), boxed, x)
 
     def dual(self, gradient: Tensor) -> Tensor:
         """(N,) gain of the best single pixel per unit of change in each channel."""
-        return gradient.flatten(2).abs().sum(1).amax(1)
+        return gradient.abs().sum(1).flatten(1).amax(1)
 
 
 @dataclass(frozen=True, eq=False)
-class Patch(Threat):
+class Patch(_Pixels):
     """All changes lie in one rectangle of `height` × `width` pixels, anywhere in the image.
 
     The distance is how many times too large the smallest enclosing rectangle is (at most 1 is inside), so `eps`
@@ -301,9 +336,18 @@ class Patch(Threat):
     width: int = 5
     norm: ClassVar[str] = "patch"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.height, self.width) < 1:
+            raise ThreatError(f"a patch of {self.height} × {self.width} pixels is empty; give sides of at least 1")
+
+    def describe(self) -> dict[str, Any]:
+        """Norm and sides for JSON."""
+        return {**super().describe(), "height": self.height, "width": self.width}
+
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """(N,) float64: the enclosing rectangle's sides over the patch's, the larger of the two; 0 if unchanged."""
-        changed = (x_adv != x).any(1).flatten(1, -3) if x.dim() > 4 else (x_adv != x).any(1)
+        changed = (x_adv != x).any(1)
         sides = []
         for axis, limit in ((2, self.height), (1, self.width)):
             line = changed.any(axis).long()
@@ -312,16 +356,15 @@ class Patch(Threat):
         return torch.where(changed.flatten(1).any(1), torch.maximum(*sides), 0.0)
 
     def _project(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
-        x_adv = x_adv.clamp(*bounds)
-        energy = (x_adv - x).square().sum(1, keepdim=True)
+        boxed = x_adv.clamp(*bounds)
         height, width = min(self.height, x.shape[2]), min(self.width, x.shape[3])
-        total = F.avg_pool2d(energy, (height, width), stride=1).flatten(1)
+        total = F.avg_pool2d(_gain(x_adv, x, boxed), (height, width), stride=1).flatten(1)
         best = total.argmax(1)
         columns = x.shape[3] - width + 1
         top, left = (best // columns)[:, None], (best % columns)[:, None]
         rows, cols = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
         kept = ((rows >= top) & (rows < top + height))[:, :, None] & ((cols >= left) & (cols < left + width))[:, None]
-        return torch.where(kept[:, None], x_adv, x)
+        return torch.where(kept[:, None], boxed, x)
 
 
 THREATS: dict[str, type[Threat]] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,14 @@ from torch import Tensor
 
 from robust.classifier import Classifier
 from robust.digest import read_json
-from robust.errors import RunError
-from robust.journal import SAMPLES, Record
+from robust.errors import RobustError, RunError
+from robust.journal import PLAN, SAMPLES, Record, read_pages
+from robust.oracle import Oracle
 from robust.threat import Threat, make_threat
+from robust.verify import check_files
+from robust.verify import verify as verify_verdict
+
+_UNREADABLE = (RobustError, OSError, LookupError, ValueError, TypeError, AttributeError, SafetensorError)
 
 
 @dataclass
@@ -44,6 +49,15 @@ class Samples:
     adversarial_confidence: list[float] = field(default_factory=list)
     marginal: list[bool] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, groups: Mapping[str, Sequence[Record]]) -> Samples:
+        """The outcomes of a journal's groups, in their order."""
+        samples = cls()
+        for records in groups.values():
+            for record in records:
+                samples.take(record)
+        return samples
+
     def take(self, record: Record) -> None:
         """Adds a sample's clean outcome, or updates it with the attack that broke it."""
         if "broken_by" not in record:
@@ -62,7 +76,8 @@ class Samples:
             self.adversarial_confidence.append(math.nan)
             return
         i = record["i"]
-        self.broken_by[i], self.eps[i], self.distance[i] = record["broken_by"], record["eps"], record["distance"]
+        self.broken_by[i], self.eps[i] = record["broken_by"], record["eps"]
+        self.distance[i] = record["distance"]
         self.adversarial_prediction[i] = record["prediction"]
         self.adversarial_confidence[i] = record["confidence"]
         self.marginal[i] = record["marginal"]
@@ -88,7 +103,12 @@ class Verdict:
     """
 
     def __init__(
-        self, samples: Samples, index: Tensor, adversarial: Tensor, manifest: dict[str, Any], out: Path | None = None
+        self,
+        samples: Samples,
+        index: Tensor,
+        adversarial: Tensor,
+        manifest: dict[str, Any],
+        out: Path | None = None,
     ) -> None:
         self.samples, self.manifest, self.out = samples, manifest, out
         self.adversarial_index, self.adversarial = index, adversarial
@@ -115,7 +135,7 @@ class Verdict:
         return len(self.samples.y)
 
     def __repr__(self) -> str:
-        eps = float(torch.as_tensor(self.threat.eps))
+        eps = float(self.threat.eps)
         return (
             f"Verdict(clean {self.clean_accuracy:.1%}, robust {self.robust_accuracy:.1%} at {self.threat.norm} "
             f"{eps:.4g}, suite {self.suite}, n={len(self)}, {len(self.warnings)} doubts)"
@@ -127,6 +147,17 @@ class Verdict:
         if len(self.adversarial_index):
             points[self.adversarial_index] = self.adversarial
         return points
+
+    def results(self) -> dict[str, Any]:
+        """The manifest's claims, counted from the samples."""
+        return {
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "curve": [list(pair) for pair in self.curve],
+            "correct": int(self.correct.sum()),
+            "robust": int(self.robust.sum()),
+            "marginal": int(self.marginal.sum()),
+        }
 
     def summary(self) -> dict[str, Any]:
         """The one JSON object of ``robust eval --json``."""
@@ -145,25 +176,34 @@ class Verdict:
 
     @classmethod
     def load(cls, out: str | Path) -> Verdict:
-        """Reads a finished run folder.
+        """Reads a finished run folder; whether it is still what was written, `verify` says.
 
         Raises:
             RunError: the folder is missing, unfinished or unreadable.
+            VerificationError: it is unreadable because a file is missing or was altered.
         """
         folder = Path(out)
         if not folder.is_dir():
             raise RunError(f"{folder} is no run folder")
-        if not (folder / "digests.json").exists():
+        if not (folder / "digests.json").exists() and (folder / PLAN).exists():
             raise RunError(f"{folder} is not a finished run; continue it with --resume")
-        manifest = read_json(folder / "manifest.json")
         try:
-            samples = read_samples(folder / SAMPLES)
-            tensors = load_file(folder / "adversarial.safetensors")
-            return cls(samples, tensors["index"], tensors["adversarial"], manifest, folder)
-        except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as error:
+            return cls._read(folder)
+        except _UNREADABLE as error:
+            check_files(folder)
             raise RunError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
 
-    def verify(self, clf: Classifier, x: Any, y: Tensor | None = None) -> dict[str, Any]:
+    @classmethod
+    def _read(cls, folder: Path) -> Verdict:
+        manifest = read_json(folder / "manifest.json")
+        raw = (folder / SAMPLES).read_bytes()
+        pages = read_pages(raw)
+        if pages.end < len(raw):
+            raise RunError(f"{SAMPLES} is broken after byte {pages.end}")
+        tensors = load_file(folder / "adversarial.safetensors")
+        return cls(Samples.of(pages.groups), tensors["index"], tensors["adversarial"], manifest, folder)
+
+    def verify(self, model: Classifier | Oracle, x: Any, y: Tensor | None = None) -> dict[str, Any]:
         """Re-checks the stored evidence against the model and the data; see `robust.verify`.
 
         Returns:
@@ -172,20 +212,4 @@ class Verdict:
         Raises:
             VerificationError: anything else differs, with what and where.
         """
-        from robust.verify import verify
-
-        return verify(self, clf, x, y)
-
-
-def read_samples(path: Path) -> Samples:
-    """The columns of a journal file; incomplete groups are left out."""
-    samples, pending = Samples(), []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if "commit" not in record:
-            pending.append(record)
-            continue
-        for item in pending:
-            samples.take(item)
-        pending = []
-    return samples
+        return verify_verdict(self, model, x, y)

@@ -66,7 +66,9 @@ def window_values(
     table = table.to(side.device)
     rows = torch.arange(size[0], device=side.device)[None] - corner[0][:, None]
     cols = torch.arange(size[1], device=side.device)[None] - corner[1][:, None]
-    inside = ((rows >= 0) & (rows < side[:, None]))[:, :, None] & ((cols >= 0) & (cols < side[:, None]))[:, None]
+    inside = ((rows >= 0) & (rows < side[:, None]))[:, :, None] & ((cols >= 0) & (cols < side[:, None]))[
+        :, None
+    ]
     limit = table.shape[1] - 1
     i = rows.clamp(0, limit)[:, :, None].expand(inside.shape)
     j = cols.clamp(0, limit)[:, None].expand(inside.shape)

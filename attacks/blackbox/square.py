@@ -1,4 +1,4 @@
-"""Square attack: random search over squares (Andriushchenko et al. 2020, arXiv:1912.00049; l1 after arXiv:2103.01208)."""
+"""Square attack: random search over squares (Andriushchenko et al. 2020, arXiv:1912.00049; in l1 arXiv:2103.01208)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from robust.attacks.base import Attack
 from robust.attacks.blackbox.pyramids import bump_table, grid_start, window_values
 from robust.attacks.engine import make_jobs, run_rule, setting_of
 from robust.attacks.query import Answer, Query
-from robust.attacks.rule import Rule, Setting, State, choose, column
+from robust.attacks.rule import Rule, Setting, State, choose
 from robust.attacks.trial import Trial
 from robust.errors import DataError, RobustError
 from robust.losses import get as get_loss
@@ -33,7 +33,9 @@ def area_fraction(step: Tensor, p_init: float, rescale: float) -> Tensor:
 class SquareRule(Rule):
     """Section 3 of the paper, every row with its own square; a proposal stays if it raises the margin loss."""
 
-    def __init__(self, setting: Setting, queries: int, p_init: float, rescale: bool, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, setting: Setting, queries: int, p_init: float, rescale: bool, shape: tuple[int, ...]
+    ) -> None:
         super().__init__(setting)
         self.steps, self.p_init = queries, p_init
         self.rescale = 10_000 / queries if rescale else 1.0
@@ -121,13 +123,15 @@ class BumpSquareRule(SquareRule):
     the mass taken from the second window, and what the ball has left.
     """
 
-    def __init__(self, setting: Setting, queries: int, p_init: float, rescale: bool, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, setting: Setting, queries: int, p_init: float, rescale: bool, shape: tuple[int, ...]
+    ) -> None:
         super().__init__(setting, queries, p_init, rescale, shape)
         self.power = 2 if setting.threat.norm == "l2" else 1
         self.table = bump_table(self._largest(), self.power)
 
     def _largest(self) -> int:
-        side = int(round(math.sqrt(self.p_init * self.height * self.width)))
+        side = round(math.sqrt(self.p_init * self.height * self.width))
         return self._odd(min(side, self.height, self.width))
 
     def _odd(self, side: int) -> int:
@@ -167,7 +171,9 @@ class BumpSquareRule(SquareRule):
         x, words, side = state["x"], self.words(state), self.side(state)
         delta = state["kept"] - x
         bump, first = window_values(self.table, side, self.corner(words, side), words[:, 4], x.shape[-2:])
-        second = window_values(self.table, side, self.corner(words[:, 2:], side), words[:, 4], x.shape[-2:])[1]
+        second = window_values(self.table, side, self.corner(words[:, 2:], side), words[:, 4], x.shape[-2:])[
+            1
+        ]
         signs = (words[:, 5:] >> 31).float().mul(2).sub(1)[:, :, None, None]
         eps = self.setting.eps(state)
         either = torch.maximum(first, second)

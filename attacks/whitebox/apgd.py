@@ -31,7 +31,9 @@ class APGDRule(Rule):
     nor the best loss changed since the last window.
     """
 
-    def __init__(self, setting: Setting, steps: int, loss: Loss, copies: int = 1, reference: bool = False) -> None:
+    def __init__(
+        self, setting: Setting, steps: int, loss: Loss, copies: int = 1, reference: bool = False
+    ) -> None:
         super().__init__(setting)
         self.gradients, self.loss, self.copies, self.needs_reference = steps, loss, copies, reference
         self.steps = steps + 1
@@ -125,7 +127,9 @@ class SparseAPGDRule(APGDRule):
     feasible = False
     _fractions = (0.3, 0.6)
 
-    def __init__(self, setting: Setting, steps: int, loss: Loss, copies: int = 1, reference: bool = False) -> None:
+    def __init__(
+        self, setting: Setting, steps: int, loss: Loss, copies: int = 1, reference: bool = False
+    ) -> None:
         super().__init__(setting, steps, loss, copies, reference)
         self.every = max(int(0.04 * steps), 1)
         self.changes = [int(part * steps) for part in self._fractions]
@@ -212,7 +216,9 @@ class APGDBase(Attack):
     def attack(self, trial: Trial) -> None:
         """See `Attack.attack`."""
         if self.steps < 1 or self.restarts < 1 or self.copies < 1:
-            raise RobustError(f"steps={self.steps}, restarts={self.restarts}, copies={self.copies}: each at least 1")
+            raise RobustError(
+                f"steps={self.steps}, restarts={self.restarts}, copies={self.copies}: each at least 1"
+            )
         kind = SparseAPGDRule if self.threat.norm == "l1" else APGDRule
         rule = kind(setting_of(trial), self.steps, get_loss(self.pick_loss(trial)), self.copies)
         run_rule(rule, trial, make_jobs(trial, self.restarts, self.aims(trial)))
@@ -235,7 +241,7 @@ class APGDCE(APGDBase):
 
 @dataclass(frozen=True, kw_only=True)
 class APGDDLR(APGDBase):
-    """Auto-PGD on the difference of logits ratio (Croce & Hein 2020, arXiv:2003.01690); on the margin below 3 classes."""
+    """Auto-PGD on the difference of logits ratio (Croce & Hein 2020, arXiv:2003.01690); below 3 classes the margin."""
 
     def pick_loss(self, trial: Trial) -> str:
         """DLR from 3 classes (4 with a target), else the margin."""

@@ -80,7 +80,8 @@ class FABRule(Rule):
 
     def _over(self, state: State, answer: Answer) -> Tensor:
         """The biased, overshot projection on the nearest linearised boundary."""
-        assert answer.gradient is not None and answer.loss is not None
+        assert answer.gradient is not None
+        assert answer.loss is not None
         ball, bounds = self.setting.ball(state), self.setting.bounds
         x, at = state["x"], state["at"]
         normal, gap = self._nearest(answer.loss, answer.gradient)

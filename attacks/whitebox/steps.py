@@ -48,7 +48,9 @@ class GradientSteps(Rule):
         own = super().start(state)
         own["at"] = x.clone()
         if self.schedule.random_start:
-            own["at"] = self.setting.ball(state).random(x, self.setting.bounds, self.setting.draws(state, "start"))
+            own["at"] = self.setting.ball(state).random(
+                x, self.setting.bounds, self.setting.draws(state, "start")
+            )
         if self.schedule.decay:
             own["momentum"] = torch.zeros_like(x)
         return own

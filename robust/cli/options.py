@@ -30,7 +30,7 @@ PRECISIONS = ("auto", "float32")
 DEFAULT_MODEL = "zoo:digits"
 # The radius the papers report for the data, in the unit of [0, 1] inputs; "" stands for every other data.
 _EPS = {
-    ("linf", "digits"): "0.1",
+    ("linf", "digits"): "0.2",
     ("linf", "mnist"): "0.3",
     ("linf", "fashion-mnist"): "0.1",
     ("linf", "imagefolder"): "4/255",

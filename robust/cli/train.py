@@ -162,11 +162,21 @@ def _plan(
     return replace(
         plan,
         model=model or plan.model,
-        data=data or plan.data,
+        data=data or (_data_of(model) if model and config is None else plan.data),
         recipe=recipe or plan.recipe,
         options=plan.options | fields,
         fit=from_mapping({**vars(plan.fit), **walk}, Walk, "fit"),
     )
+
+
+def _data_of(model: str) -> str:
+    """The data a shipped model was trained on; every other model has to be told."""
+    from robust.zoo import ENTRIES
+
+    entry = ENTRIES.get(model.removeprefix("zoo:"))
+    if entry is None:
+        raise ConfigError(f"--data is missing: say what {model} shall learn, for example --data mnist")
+    return entry.data
 
 
 def _check_paths(weights: Path | None, data_root: Path | None) -> None:

@@ -13,7 +13,7 @@ from robust.classifier import Classifier
 from robust.threat import Threat, make_threat
 
 # What makes an attack short; only fields that it has are set.
-SHORT: dict[str, Any] = {"steps": 10, "queries": 150, "n_targets": 3}
+SHORT: dict[str, Any] = {"steps": 10, "queries": 100, "n_targets": 3}
 RADII = {"linf": 0.06, "l2": 0.5, "l1": 3.0, "l0": 6.0, "patch": 1.0}
 
 
@@ -23,7 +23,9 @@ def make(name: str, norm: str, eps: float | Tensor | None = None, **fields: Any)
     short = {key: value for key, value in SHORT.items() if key in kind.__dataclass_fields__}
     if "version" in kind.__dataclass_fields__:
         short["version"] = "quick"
-    attack: Attack = kind(threat=make_threat(norm, RADII[norm] if eps is None else eps), **{**short, **fields})
+    attack: Attack = kind(
+        threat=make_threat(norm, RADII[norm] if eps is None else eps), **{**short, **fields}
+    )
     return attack
 
 

@@ -116,7 +116,10 @@ def test_fixed_budget_attack_never_loses_to_the_clean_point(name: str, norm: str
     assert bool((result.success | ~clean).all())
     if hasattr(attack, "loss") and attack.loss == "cross-entropy":
         loss = nn.functional.cross_entropy
-        before, after = loss(clf.logits(x), y, reduction="none"), loss(clf.logits(result.x_adv), y, reduction="none")
+        before, after = (
+            loss(clf.logits(x), y, reduction="none"),
+            loss(clf.logits(result.x_adv), y, reduction="none"),
+        )
         assert bool((after >= before - 1e-6)[~result.success].all())
 
 
@@ -194,7 +197,7 @@ def test_black_box_attack_takes_an_oracle_and_a_white_box_attack_refuses_it(name
         return
     result = attack.run(oracle, x, y)
     assert result.cost.queries == oracle.cost.queries
-    assert 0 < result.cost.queries <= 4 * (150 + 1)
+    assert 0 < result.cost.queries <= 4 * (100 + 1)
 
 
 @pytest.mark.parametrize("name", list(REGISTRY))
@@ -213,12 +216,9 @@ def test_attack_says_what_is_wrong_in_one_line(name: str) -> None:
         with pytest.raises(RobustError) as caught:
             attack.run(*arguments)
         assert "\n" not in str(caught.value)
-    with pytest.raises(RobustError, match="outside the box"):
-        make(name, "linf", 8.0).run(clf, x, y) if "linf" in attack.norms else None or _raise()
-
-
-def _raise() -> None:
-    raise RobustError("outside the box")
+    if "linf" in attack.norms:
+        with pytest.raises(RobustError, match="outside the box"):
+            make(name, "linf", 8.0).run(clf, x, y)
 
 
 @pytest.mark.parametrize("name", list(REGISTRY))
@@ -242,12 +242,15 @@ def test_attack_works_on_few_classes(name: str, classes: int) -> None:
     assert result.success.float().mean() > 0.4
 
 
-def test_no_attack_counts_a_nan_output_as_robust() -> None:
+def test_a_nan_output_inside_the_ball_counts_as_a_failure_of_the_model() -> None:
     class Fragile(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            logits = torch.stack([x.flatten(1).sum(1), -x.flatten(1).sum(1)], 1)
-            return torch.where(logits > 12.5, torch.nan, logits)
+            total = x.flatten(1).sum(1)
+            logits = torch.stack([total, 5 - total], 1)  # class 0 above 2.5, where the ball does not reach
+            return torch.where(total[:, None] < 11, torch.nan, logits)
 
-    x = torch.full((2, 1, 5, 5), 0.49)
-    result = get("apgd-ce")(threat=Linf(0.1), steps=10, until="broken").run(Classifier(Fragile()), x, torch.tensor([0, 0]))
-    assert bool(result.success.all()) or not bool(result.x_adv.isnan().any())
+    x = torch.full((2, 1, 5, 5), 0.47)
+    attack = get("apgd-ce")(threat=Linf(0.1), steps=10, until="broken")
+    result = attack.run(Classifier(Fragile().eval()), x, torch.tensor([0, 0]))
+    assert bool(result.success.all())
+    assert not bool(result.x_adv.isnan().any())

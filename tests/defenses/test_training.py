@@ -135,13 +135,14 @@ def test_random_starts_differ_between_epochs_and_samples_and_not_between_batches
 
 def test_the_inner_attack_leaves_batch_statistics_gradients_and_mode_alone(inner: list[Tensor]) -> None:
     clf, twin = learner(), learner()
+    statistics, wanted = (dict(c.module.named_buffers()) for c in (clf, twin))
     x, y, index = batch()
     PGDAT(eps=0.1, steps=4).loss(clf, x, y, index, 0)
     assert clf.module.training
     assert all(p.requires_grad and p.grad is None for p in clf.module.parameters())
     twin(inner[0])  # the outer loss is the only forward in training mode
-    assert torch.equal(clf.module[1].running_mean, twin.module[1].running_mean)
-    assert int(clf.module[1].num_batches_tracked) == 1
+    assert torch.equal(statistics["1.running_mean"], wanted["1.running_mean"])
+    assert int(statistics["1.num_batches_tracked"]) == 1
 
 
 def test_eps_rises_over_the_warm_up() -> None:
@@ -171,8 +172,9 @@ def test_adversarial_training_trades_fragile_features_for_a_robust_one() -> None
     x[:, 0, 0, 0] = 0.5 + 0.3 * torch.where(torch.arange(60) % 20 < 18, sign, -sign)
     robust = {}
     for recipe in (Standard(), PGDAT(eps=0.1, steps=3)):
-        module = nn.Sequential(nn.Flatten(), nn.Linear(20, 2)).eval()
-        nn.init.zeros_(module[1].weight)
+        weights = nn.Linear(20, 2)
+        nn.init.zeros_(weights.weight)
+        module = nn.Sequential(nn.Flatten(), weights).eval()
         clf = fit(
             Classifier(module, mean=0.5), (x, y), loss=recipe, epochs=40, batch_size=60, lr=0.05
         ).classifier
@@ -195,6 +197,17 @@ def _plain(config: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(config)
+
+
+def test_the_cards_say_what_the_records_say() -> None:
+    cards = (TRAIN / "README.md").read_text()
+    for path in RESULTS:
+        found = json.loads(path.read_text())["measured"]
+        clean = f"{100 * found['clean_accuracy']:.1f} % of {found['n']}"
+        pgd = f"{100 * found['pgd_accuracy']:.1f} % of {found['pgd']['n']}"
+        [row] = [line for line in cards.splitlines() if line.startswith(f"| `{path.stem}` ")]
+        assert clean in row
+        assert f"{pgd} (PGD-{found['pgd']['steps']}, {found['pgd']['norm']} {found['pgd']['eps']:g})" in row
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -277,7 +290,9 @@ def test_the_command_trains_measures_and_resumes(
         (["--config", "missing.toml"], "cannot read"),
         (["--weights", "missing.safetensors"], "does not exist"),
         (["--device", "cuda:77"], "not on this machine"),
-        (["zoo:digit"], "did you mean"),
+        (["zoo:digit", "--data", "digits"], "did you mean"),
+        (["zoo:lenet5"], "--data is missing"),
+        (["zoo:lenet5", "--data", "digits"], "fails on inputs of shape (16, 1, 8, 8)"),
         (["--data", "digit"], "did you mean"),
     ],
 )
