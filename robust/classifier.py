@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from robust.cost import Cost
 from robust.errors import DataError, ModelError
+from robust.rng import seeded
+from robust.precision import exact_float32
 
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 FLOAT_NOISE = 2e-5  # of the largest |logit|: what batch shape and hardware may change
 
 
@@ -50,8 +61,8 @@ class Classifier:
         self.bounds = (float(bounds[0]), float(bounds[1]))
         self.name = name or type(module).__name__
         self.mean, self.std = self._statistics(mean, 0.0), self._statistics(std, 1.0)
-        if bool((self.std <= 0).any()):
-            raise ModelError(f"std={std} must be positive")
+        if not bool((self.std > 0).all() & self.mean.isfinite().all() & self.std.isfinite().all()):
+            raise ModelError(f"mean={mean} must be finite, and std={std} finite and positive")
         self._dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
         self._classes: int | None = None
         self._depth = 0
@@ -94,6 +105,11 @@ class Classifier:
 
     def normalise(self, x: Tensor) -> Tensor:
         """(x − mean) / std per channel, in the module's dtype and on its device."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values.numel() not in (1, x.shape[1]):
+                raise ModelError(
+                    f"{name} has {values.numel()} values for {x.shape[1]} channels; give one each, or one"
+                )
         shape = (1, -1, *[1] * (x.dim() - 2))
         z = (x.to(self.device) - self.mean.view(shape)) / self.std.view(shape)
         return z.to(self._dtype)
@@ -122,27 +138,26 @@ class Classifier:
             return
         modes = [(module, module.training) for module in self.module.modules()]
         flags = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-        tf32 = torch.backends.cudnn.allow_tf32
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module, _ in modes
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
         self._depth = 1
         try:
-            torch.backends.cudnn.allow_tf32 = False
             if any(training for _, training in modes):
                 self.module.eval()
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
-            yield
+            with exact_float32():
+                yield
         finally:
             self._depth = 0
-            torch.backends.cudnn.allow_tf32 = tf32
             for module, training in modes:
                 module.training = training
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+            _restore(buffers)
 
     def check(self, x: Tensor) -> list[str]:
         """Diagnoses the model on its first points; warns once per finding and returns all of them.
@@ -161,8 +176,9 @@ class Classifier:
                 "the model was in train mode; it was evaluated in eval mode (call model.eval() yourself)"
             )
         try:
-            first, second = self.logits(probe), self.logits(probe)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            with seeded(0, self.device):
+                first, second = self.logits(probe), self.logits(probe)
+        except _FAILURES as error:
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"{self.name} fails on inputs of shape {tuple(probe.shape)}: {line}") from error
         if self.classes < 2:
@@ -215,6 +231,16 @@ class Classifier:
             hasher.update(repr((name, str(flat.dtype), tuple(flat.shape))).encode())
             hasher.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
         return hasher.hexdigest()
+
+
+def _restore(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    """Puts back buffers (owner, name, tensor, value), whether a forward wrote into them or replaced them."""
+    with torch.no_grad():
+        for module, name, buffer, before in buffers:
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
 
 
 def require_box(x: Tensor, bounds: tuple[float, float]) -> None:

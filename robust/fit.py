@@ -109,6 +109,7 @@ def fit(
     weight_decay: float = 0.0,
     schedule: Schedule = "cosine",
     warmup: float = 0.0,
+    cycles: int = 1,
     milestones: tuple[float, ...] = (0.5, 0.75),
     gamma: float = 0.1,
     ema: float | None = None,
@@ -142,7 +143,7 @@ def fit(
         RunError: the loss became NaN or infinite, or `out` cannot be written or resumed.
     """
     settings = Settings(
-        epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup,
+        epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup, cycles,
         tuple(milestones), gamma, ema, seed, channels_last,
     )  # fmt: skip
     given = model if isinstance(model, Classifier) else Classifier(model, device=device)

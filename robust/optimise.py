@@ -32,7 +32,9 @@ class Settings:
         weight_decay: coupled for "sgd" and "adam", decoupled for "adamw".
         schedule: "constant"; "cosine" and "linear" fall to zero; "piecewise" falls by `gamma` at each milestone.
         warmup: epochs in which the learning rate first rises linearly to `lr`.
-        milestones: fractions of the training, for "piecewise".
+        cycles: how often the schedule runs, each time in an equal part of the epochs after the warm-up (warm restarts,
+            Loshchilov & Hutter 2017, arXiv:1608.03983).
+        milestones: fractions of a cycle, for "piecewise".
         gamma: factor at a milestone.
         ema: decay of the averaged weights that the model ends with, for example 0.995; None for no average.
         seed: keys the shuffling, the augmentation, dropout and the recipe's own randomness.
@@ -47,6 +49,7 @@ class Settings:
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
     warmup: float = 0.0
+    cycles: int = 1
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     ema: float | None = None
@@ -62,6 +65,7 @@ class Settings:
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
         _require("warmup", self.warmup, 0 <= self.warmup < math.inf, "0 epochs or more")
+        _require("cycles", self.cycles, 1 <= self.cycles <= self.epochs, "1 to the number of epochs")
         _require(
             "milestones", self.milestones, all(0 < m < 1 for m in self.milestones), "fractions in (0, 1)"
         )
@@ -70,16 +74,17 @@ class Settings:
 
     def learning_rate(self, step: int, per_epoch: int) -> float:
         """The learning rate of step number `step` (from 0), with `per_epoch` steps in an epoch."""
-        total, rising = self.epochs * per_epoch, self.warmup * per_epoch
+        rising = self.warmup * per_epoch
         if step < rising:
             return self.lr * (step + 1) / (rising + 1)
-        done = (step - rising) / max(total - rising, 1)
+        period = max((self.epochs * per_epoch - rising) / self.cycles, 1)
+        done = (step - rising) % period / period
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * done))
         if self.schedule == "linear":
             return self.lr * (1 - done)
         if self.schedule == "piecewise":
-            return self.lr * self.gamma ** sum(step >= m * total for m in self.milestones)
+            return self.lr * self.gamma ** sum(done >= m for m in self.milestones)
         return self.lr
 
 

@@ -46,6 +46,8 @@ class Oracle:
             raise RobustError(f"answers={answers!r} is unknown; an oracle gives 'scores' or 'labels'")
         if budget is not None and budget < 1:
             raise RobustError(f"budget={budget} allows no query; give a positive number")
+        if batch < 1 or retries < 0:
+            raise RobustError(f"batch={batch} and retries={retries} must be at least 1 and 0")
         self.backend, self.answers, self.budget = backend, answers, budget
         self.bounds = backend.bounds if isinstance(backend, Classifier) else bounds
         self.device = backend.device if isinstance(backend, Classifier) else torch.device("cpu")
@@ -77,7 +79,7 @@ class Oracle:
     def limit(self, queries: int) -> Iterator[None]:
         """At most so many further queries while open; the budget itself stays as it is."""
         whole = self.budget
-        self.budget = self.cost.queries + queries
+        self.budget = self.cost.queries + int(min(queries, self.left))
         try:
             yield
         finally:
@@ -100,10 +102,9 @@ class Oracle:
     def labels(self, x: Tensor) -> Tensor:
         """Predicted classes (N,) of x; NaN scores predict -1."""
         if self.answers == "scores":
-            scores = self.scores(x)
-            return torch.where(scores.isfinite().all(1), scores.argmax(1), -1)
+            return _best(self.scores(x))
         answer = self._ask(x)
-        return answer.argmax(1) if answer.dim() == 2 else answer.long()
+        return _best(answer) if answer.dim() == 2 else answer.long()
 
     def _ask(self, x: Tensor) -> Tensor:
         if len(x) > self.left:
@@ -125,6 +126,12 @@ class Oracle:
                         f"{self.name} did not answer after {attempt + 1} tries: {error}"
                     ) from error
                 time.sleep(0.1 * 2**attempt)
-        if len(answer) != len(x):
-            raise ModelError(f"{self.name} answered {len(answer)} of {len(x)} points")
+        if answer.dim() not in (1, 2) or len(answer) != len(x):
+            raise ModelError(
+                f"{self.name} answered {tuple(answer.shape)} to {len(x)} points; one row each is right"
+            )
         return answer
+
+
+def _best(scores: Tensor) -> Tensor:
+    return torch.where(scores.isfinite().all(1), scores.argmax(1), -1)

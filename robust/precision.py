@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,7 +25,7 @@ def exact_float32() -> Iterator[None]:
     PyTorch keeps each setting twice (`allow_tf32` and `fp32_precision`) and raises where the two disagree; so both are
     set, and both are restored.
     """
-    backends = torch.backends
+    backends: Any = torch.backends
     nodes = [
         *(backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
         *(backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul),

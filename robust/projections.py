@@ -75,7 +75,7 @@ def _reach(weight: Tensor, cap: Tensor, need: Tensor) -> Tensor:
     for _ in range(_ROUNDS):
         taken = torch.minimum(weight * lam, cap)
         short = need - taken.sum(1, keepdim=True)
-        done = (short <= _EXACT * need) | (lam >= most)
+        done = ~((short > _EXACT * need) & (lam < most))  # a row of NaN is done too
         if bool(done.all()):
             break
         slope = (cap - taken).sign_().mul_(weight).sum(1, keepdim=True)
@@ -84,7 +84,9 @@ def _reach(weight: Tensor, cap: Tensor, need: Tensor) -> Tensor:
     return lam
 
 
-def _oriented(x: Tensor, w: Tensor, gap: Tensor, bounds: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _oriented(
+    x: Tensor, w: Tensor, gap: Tensor, bounds: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The direction's signs, |w| over its largest entry, the room along it (none where w is 0), and |gap| so scaled.
 
     Scaled, because the squares of tiny gradients would vanish in float32.

@@ -155,7 +155,7 @@ def _command(manifest: Mapping[str, Any]) -> str | None:
     program, *arguments = manifest["command"] or [""]
     if not arguments or Path(program).name not in ("robust", "__main__.py"):
         return None
-    return shlex.join(["robust", *arguments])
+    return shlex.join(["robust", *(part for part in arguments if part != "--resume")])
 
 
 def _called(names: Sequence[str], label: int) -> str:

@@ -43,6 +43,8 @@ def stages(suite: str | Sequence[str], norm: str, black_box: bool = False) -> tu
             )
         return names[0], plan
     attacks = room("attacks")
+    if not names:
+        raise RobustError("the suite names no attack; give a suite's name or attacks' names")
     for name in names:
         if name not in attacks:
             known = dict.fromkeys([*DESCRIPTIONS, *attacks]) if len(names) == 1 else attacks

@@ -30,7 +30,11 @@ def _column(value: Tensor | float, x: Tensor) -> Tensor:
     """A number or one per sample as (B, 1, …) beside x."""
     column = torch.as_tensor(value, device=x.device)
     column = column if column.dtype == torch.bool else column.to(x.dtype)
-    return column.reshape(-1, *([1] * (x.dim() - 1))) if column.dim() else column.expand(len(x), *[1] * (x.dim() - 1))
+    return (
+        column.reshape(-1, *[1] * (x.dim() - 1))
+        if column.dim()
+        else column.expand(len(x), *[1] * (x.dim() - 1))
+    )
 
 
 def _anywhere(x: Tensor, bounds: Bounds, draws: Draws) -> Tensor:
@@ -54,7 +58,9 @@ class Threat:
     def __post_init__(self) -> None:
         values = torch.as_tensor(self.eps, dtype=torch.float64)
         if values.dim() > 1:
-            raise ThreatError(f"eps has shape {tuple(values.shape)}; it is one number, or (N,) with one per sample")
+            raise ThreatError(
+                f"eps has shape {tuple(values.shape)}; it is one number, or (N,) with one per sample"
+            )
         wrong = values[~(values > 0)]
         if values.numel() == 0 or len(wrong):
             shown = f"{wrong.reshape(-1)[0]:g}" if len(wrong) else "[]"
@@ -128,7 +134,8 @@ class Threat:
     def _inward(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
         """Shrinks the rows that rounding pushed out of the ball; a row that stays out becomes its centre."""
         eps = torch.as_tensor(self.eps, dtype=torch.float64, device=x.device)
-        error = 1 + torch.finfo(x.dtype).eps  # a difference of floats is right to half of this: no pass in float64
+        # A difference of floats is right to half an ulp, which this covers: no pass in float64.
+        error = 1 + torch.finfo(x.dtype).eps
         for shrink in (1e-6, 1e-5, 1e-4, 1.0):
             most = self._length((x_adv - x).flatten(1)) * error
             inside = most <= eps + SLACK / 2
@@ -298,7 +305,7 @@ class _Pixels(Threat):
 
 
 def _gain(x_adv: Tensor, x: Tensor, boxed: Tensor) -> Tensor:
-    """(N, 1, H, W) how much nearer to x_adv each pixel comes, in squared l2, when it moves from x to the box's point."""
+    """(N, 1, H, W) how much nearer to x_adv, in squared l2, each pixel of the box's nearest point is than x's."""
     return ((boxed - x) * ((x_adv - x) + (x_adv - boxed))).sum(1, keepdim=True)
 
 
@@ -339,7 +346,9 @@ class Patch(_Pixels):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.height, self.width) < 1:
-            raise ThreatError(f"a patch of {self.height} × {self.width} pixels is empty; give sides of at least 1")
+            raise ThreatError(
+                f"a patch of {self.height} × {self.width} pixels is empty; give sides of at least 1"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Norm and sides for JSON."""
@@ -362,9 +371,10 @@ class Patch(_Pixels):
         best = total.argmax(1)
         columns = x.shape[3] - width + 1
         top, left = (best // columns)[:, None], (best % columns)[:, None]
-        rows, cols = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
-        kept = ((rows >= top) & (rows < top + height))[:, :, None] & ((cols >= left) & (cols < left + width))[:, None]
-        return torch.where(kept[:, None], boxed, x)
+        y_axis, x_axis = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
+        rows = (y_axis >= top) & (y_axis < top + height)
+        cols = (x_axis >= left) & (x_axis < left + width)
+        return torch.where((rows[:, :, None] & cols[:, None])[:, None], boxed, x)
 
 
 THREATS: dict[str, type[Threat]] = {"linf": Linf, "l2": L2, "l1": L1, "l0": L0}

@@ -185,7 +185,8 @@ class Verdict:
         folder = Path(out)
         if not folder.is_dir():
             raise RunError(f"{folder} is no run folder")
-        if not (folder / "digests.json").exists() and (folder / PLAN).exists():
+        begun = (folder / PLAN).exists() or not (folder / "manifest.json").exists()
+        if begun and not (folder / "digests.json").exists():
             raise RunError(f"{folder} is not a finished run; continue it with --resume")
         try:
             return cls._read(folder)

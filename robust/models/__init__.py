@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,9 @@ def load_model(
         return _as_it_is(source.module, str(spec), statistics, bounds, place)
     if statistics == (None, None):
         statistics = source.mean, source.std
+    if not fresh and source.module.training:
+        with suppress(NotImplementedError):  # an exported program has no modes
+            source.module.eval()
     return Classifier(
         source.module, bounds=bounds, mean=statistics[0], std=statistics[1], device=place, name=source.name
     )

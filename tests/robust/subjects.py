@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -43,11 +44,10 @@ def linear(
 
 
 def between(radius: Tensor, share: float) -> float:
-    """An eps that the given share of the positive radii lies below, in the middle of the gap to the next."""
-    ordered = radius[radius > 0].sort().values
-    place = int(share * len(ordered))
-    low, high = float(ordered[place - 1]), float(ordered[place])
-    assert high > 1.02 * low, "radii too close to be told apart"
+    """An eps that about the given share of the positive radii lies below, clearly apart from all of them."""
+    ordered = radius[radius > 0].sort().values.tolist()
+    gaps = [(low, high) for low, high in pairwise(ordered) if high > 1.05 * low]
+    low, high = gaps[min(int(share * len(gaps)), len(gaps) - 1)]
     return (low + high) / 2
 
 

@@ -110,12 +110,18 @@ def test_a_diverging_training_stops() -> None:
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]),
         ("cosine", [0.5, *(0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(5))]),
-        ("piecewise", [0.5, 1.0, 1.0, 0.1, 0.1, 0.01]),
+        ("piecewise", [0.5, 1.0, 1.0, 1.0, 0.1, 0.01]),
     ],
 )
 def test_schedules_in_closed_form(schedule: str, expected: list[float]) -> None:
     settings = Settings(3, lr=1.0, schedule=schedule, warmup=0.5, milestones=(0.5, 0.8))  # type: ignore[arg-type]
     assert [settings.learning_rate(step, 2) for step in range(6)] == pytest.approx(expected)
+
+
+def test_a_schedule_restarts_in_every_cycle() -> None:
+    once, twice = Settings(3, lr=1.0, warmup=1), Settings(5, lr=1.0, warmup=1, cycles=2)
+    rates = [once.learning_rate(step, 10) for step in range(30)]
+    assert [twice.learning_rate(step, 10) for step in range(50)] == rates + rates[10:]
 
 
 def test_the_model_ends_with_the_averaged_weights() -> None:
@@ -251,6 +257,7 @@ def test_samples_that_cannot_be_trained_on_are_refused(x: Tensor, y: Tensor, lin
         {"momentum": 1.0},
         {"weight_decay": -1.0},
         {"warmup": -1.0},
+        {"cycles": 2},
         {"milestones": (0.5, 1.5)},
         {"gamma": 0.0},
         {"ema": 1.0},
