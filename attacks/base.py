@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -143,7 +143,7 @@ class Attack:
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters by name, for manifests and leaderboards."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "threat"}
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "threat"}
         return {**values, "threat": self.threat.describe()}
 
 

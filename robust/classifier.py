@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from robust.cost import Cost
-from robust.errors import DataError, ModelError
-from robust.rng import seeded
+from robust.errors import DataError, ModelError, first_line
 from robust.precision import exact_float32
+from robust.rng import seeded
 
 _FAILURES = (
     ArithmeticError,
@@ -169,7 +169,6 @@ class Classifier:
         self.require_box(x)
         if self._checked or len(x) == 0:
             return self.warnings
-        self._checked = True
         probe = x[:16].to(self.device)
         if self.module.training:
             self._warn(
@@ -179,11 +178,12 @@ class Classifier:
             with seeded(0, self.device):
                 first, second = self.logits(probe), self.logits(probe)
         except _FAILURES as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{self.name} fails on inputs of shape {tuple(probe.shape)}: {line}") from error
+            shape = tuple(probe.shape)
+            raise ModelError(f"{self.name} fails on inputs of shape {shape}: {first_line(error)}") from error
         if self.classes < 2:
             raise ModelError(f"{self.name} returns {self.classes} logit; a classifier returns one per class")
         self._diagnose(first, second)
+        self._checked = True
         return self.warnings
 
     def _diagnose(self, first: Tensor, second: Tensor) -> None:
@@ -215,6 +215,8 @@ class Classifier:
         require_box(x, self.bounds)
 
     def _warn(self, text: str) -> None:
+        if text in self.warnings:
+            return
         self.warnings.append(text)
         warnings.warn(text, RobustWarning, stacklevel=3)
 

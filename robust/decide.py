@@ -6,8 +6,6 @@ the outcome is the majority over keyed draws, which belong to the sample and not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -79,23 +77,12 @@ def _predict(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(finite, prediction, -1), ~finite | clear(logits, prediction), confidence * finite
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The generators of the CPU and of `device` at `seed` while open; the user's own numbers go on afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
 def _majority(
     clf: Classifier, x: Tensor, y: Tensor, targets: Tensor | None, index: Tensor, seed: int
 ) -> Decision:
     rows = []
     for i in range(len(x)):
-        with _seeded(derive(seed, "decide", int(index[i])), clf.device):
+        with seeded(derive(seed, "decide", int(index[i])), clf.device):
             logits = clf.logits(x[i : i + 1].expand(DRAWS, *x.shape[1:]).contiguous())
         own = y[i : i + 1].to(logits.device).expand(DRAWS)
         goal = None if targets is None else targets[i : i + 1].to(logits.device).expand(DRAWS)

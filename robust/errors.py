@@ -1,6 +1,11 @@
 """Errors that a user can cause: each carries one line that says what is wrong and what would be right."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none: for errors of one line about other errors."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class RobustError(Exception):
     """Bad input or a condition the user must know of; the command line prints it as one line and exits with 2."""
 

@@ -151,11 +151,7 @@ def fit(
     training = _Training(given, x, y, settings, loss, augment, valid)
     folder = None if out is None else prepare_folder(out, resume)
     training.run(folder, checkpoint_seconds, progress)
-    summary = {**(record or {}), **training.summary()}
-    if folder is not None:
-        write_tensors(folder / WEIGHTS, training.module.state_dict())
-        summary["weights_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-        write_json(folder / RECORD, summary)
+    summary = training.summary(folder, record or {})
     place = training.place
     return FitResult(given, place.history, place.seconds, settings, summary, folder)
 
@@ -267,9 +263,10 @@ class _Training:
         if self.settings.channels_last:
             self.module.to(memory_format=torch.contiguous_format)
 
-    def summary(self) -> dict[str, Any]:
-        """What was trained, on what, how, when and with which versions."""
-        return {
+    def summary(self, folder: Path | None, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What was trained, on what, how, when and with which versions; written, with the weights, to `folder`."""
+        found = {
+            **record,
             "schema": 1,
             "training": self.identity(),
             "history": self.place.history,
@@ -283,6 +280,11 @@ class _Training:
                 "python": platform.python_version(),
             },
         }
+        if folder is not None:
+            write_tensors(folder / WEIGHTS, self.module.state_dict())
+            found["weights_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+            write_json(folder / RECORD, found)
+        return found
 
     def advance(self) -> tuple[float, float]:
         """One step, and the end of the epoch if it was its last; its loss and learning rate."""

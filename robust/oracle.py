@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robust.classifier import Classifier
 from robust.cost import Cost
-from robust.errors import BudgetExceeded, ModelError, RobustError
+from robust.errors import BudgetExceeded, ModelError, RobustError, first_line
 
 Answers = Literal["scores", "labels"]
 
@@ -112,7 +112,7 @@ class Oracle:
                 f"the query budget of {self.budget} is spent: {len(x)} asked, {int(self.left)} left"
             )
         self.cost.queries += len(x)
-        return torch.cat([self._call(part) for part in x.split(self.batch)])
+        return torch.cat([self._call(part) for part in x.detach().split(self.batch)])
 
     def _call(self, x: Tensor) -> Tensor:
         for attempt in range(self.retries + 1):
@@ -122,9 +122,8 @@ class Oracle:
                 break
             except OSError as error:
                 if attempt == self.retries:
-                    raise ModelError(
-                        f"{self.name} did not answer after {attempt + 1} tries: {error}"
-                    ) from error
+                    tries = f"after {attempt + 1} tries"
+                    raise ModelError(f"{self.name} did not answer {tries}: {first_line(error)}") from error
                 time.sleep(0.1 * 2**attempt)
         if answer.dim() not in (1, 2) or len(answer) != len(x):
             raise ModelError(

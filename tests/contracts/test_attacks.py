@@ -228,6 +228,7 @@ def test_attack_is_a_frozen_dataclass_with_config_and_card(name: str) -> None:
     assert attack == same
     assert repr(attack) == repr(same)
     assert attack.config()["threat"]["norm"] == attack.threat.norm
+    assert type(attack)(**{**attack.config(), "threat": attack.threat}) == attack
     with pytest.raises(AttributeError):
         attack.until = "broken"  # type: ignore[misc]
     assert "arXiv:" in (type(attack).__doc__ or "").splitlines()[0]

@@ -91,7 +91,9 @@ def test_only_dlr_is_unchanged_when_logits_are_scaled(scale: float) -> None:
         torch.testing.assert_close(get(name)(scale * sample(), Y, TARGETS), get(name)(sample(), Y, TARGETS))
     torch.testing.assert_close(get("dlr")(scale * sample(), Y), get("dlr")(sample(), Y))
     for name in ("margin", "combined-targeted"):
-        torch.testing.assert_close(get(name)(scale * sample(), Y, TARGETS), scale * get(name)(sample(), Y, TARGETS))
+        torch.testing.assert_close(
+            get(name)(scale * sample(), Y, TARGETS), scale * get(name)(sample(), Y, TARGETS)
+        )
 
 
 def test_the_sign_of_margin_and_dlr_is_the_outcome() -> None:
@@ -133,7 +135,12 @@ def test_best_other_leaves_the_label_out() -> None:
         ("targeted-dlr", 3, True, "targeted-dlr needs 4 classes, the model has 3; use combined-targeted"),
         ("dlr", 3, True, "targeted-dlr needs 4 classes, the model has 3; use combined-targeted"),
         ("targeted-dlr", 6, False, "targeted-dlr needs target classes; use dlr where there are none"),
-        ("combined-targeted", 6, False, "combined-targeted needs target classes; use cross-entropy where there are none"),
+        (
+            "combined-targeted",
+            6,
+            False,
+            "combined-targeted needs target classes; use cross-entropy where there are none",
+        ),
         ("kl", 6, False, "kl needs the clean points' logits as its reference"),
     ],
 )
@@ -146,7 +153,13 @@ def test_a_loss_says_what_it_lacks(name: str, classes: int, targeted: bool, mess
 
 def test_the_smallest_numbers_of_classes_work() -> None:
     y, targets = torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=torch.long)
-    for name, classes in (("dlr", 3), ("targeted-dlr", 4), ("margin", 2), ("cross-entropy", 2), ("combined-targeted", 2)):
+    for name, classes in (
+        ("dlr", 3),
+        ("targeted-dlr", 4),
+        ("margin", 2),
+        ("cross-entropy", 2),
+        ("combined-targeted", 2),
+    ):
         loss = get(name)(sample(classes), y, targets if "targeted" in name else None)
         assert loss.shape == (8,)
         assert bool(loss.isfinite().all())

@@ -23,7 +23,9 @@ SMALL = 5
 
 centres = arrays(np.float32, SMALL, elements=st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0]))
 points = arrays(np.float32, SMALL, elements=st.floats(-1.5, 2.5, width=32))
-normals = arrays(np.float32, SMALL, elements=st.floats(-2, 2, width=32).filter(lambda v: v == 0 or abs(v) > 1e-3))
+normals = arrays(
+    np.float32, SMALL, elements=st.floats(-2, 2, width=32).filter(lambda v: v == 0 or abs(v) > 1e-3)
+)
 radii = st.floats(0.01, 4.0)
 
 

@@ -46,7 +46,9 @@ def test_distances_are_the_norms_in_float64() -> None:
     for threat, order in ((Linf(1), math.inf), (L2(1), 2.0), (L1(1), 1.0)):
         found = threat.distance(z, x)
         assert found.dtype == torch.float64
-        torch.testing.assert_close(found, torch.linalg.vector_norm(delta, ord=order, dim=1), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            found, torch.linalg.vector_norm(delta, ord=order, dim=1), rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -59,7 +61,9 @@ def test_inside_ends_at_eps_plus_the_slack(norm: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, 1.0000001, -1e-7])
-@pytest.mark.parametrize("threat", [Linf(9), L2(), L1(9), L0(9), Patch(height=5, width=4)], ids=lambda t: t.norm)
+@pytest.mark.parametrize(
+    "threat", [Linf(9), L2(), L1(9), L0(9), Patch(height=5, width=4)], ids=lambda t: t.norm
+)
 def test_a_point_out_of_the_box_is_not_inside(threat: Threat, wrong: float) -> None:
     x = torch.ones(2, 1, 5, 4) * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
     z = x.clone()
@@ -81,7 +85,9 @@ def test_a_projected_point_is_inside_whatever_it_was(norm: str, bounds: Bounds) 
         threat = make_threat(norm, eps)
         for scale in HOSTILE:
             z = x + noise(x, scale)
-            assert bool(threat.inside(threat.project(z, x, bounds), x, bounds).all()), f"eps {eps}, noise {scale}"
+            assert bool(threat.inside(threat.project(z, x, bounds), x, bounds).all()), (
+                f"eps {eps}, noise {scale}"
+            )
         z = x + noise(x, 0.5)
         z[0, 0], z[1, 1], z[2, 2], z[3] = torch.nan, torch.inf, -torch.inf, torch.nan
         p = threat.project(z, x, bounds)
@@ -163,7 +169,7 @@ def test_empty_batches_project_to_empty_batches() -> None:
         assert threat.inside(empty, empty, BOX).shape == (0,)
 
 
-# --------------------------------------------------------------------------------------------------------- pixels, patch
+# ---------------------------------------------------------------------------------------------------- pixels, patch
 
 
 def test_l0_projects_to_the_nearest_point_among_all_choices_of_pixels() -> None:
@@ -222,7 +228,15 @@ def test_a_patch_measures_the_enclosing_rectangle() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- random
 
-EVERY = [Linf(0.1), L2(0.6), L1(2.0), L0(3), Patch(height=2, width=2), L2(), Linf(torch.tensor([0.1, math.inf] * 3))]
+EVERY = [
+    Linf(0.1),
+    L2(0.6),
+    L1(2.0),
+    L0(3),
+    Patch(height=2, width=2),
+    L2(),
+    Linf(torch.tensor([0.1, math.inf] * 3)),
+]
 
 
 @pytest.mark.parametrize("bounds", [BOX, (-1.0, 1.0), (0.0, 255.0)], ids=str)
@@ -235,7 +249,10 @@ def test_random_points_are_inside_and_keyed(threat: Threat, bounds: Bounds) -> N
     assert torch.equal(threat.random(x, bounds, draws(6)), p)
     same = x[:1].expand_as(x)
     rows = threat.random(same, bounds, draws(6))
-    others = [threat.random(same, bounds, source) for source in (draws(6, first=6), draws(6, seed=1), draws(6, step=1))]
+    others = [
+        threat.random(same, bounds, source)
+        for source in (draws(6, first=6), draws(6, seed=1), draws(6, step=1))
+    ]
     assert len({tuple(row.flatten().tolist()) for point in (rows, *others) for row in point}) == 24
     some = torch.tensor([4, 1])
     part = threat.take(some).random(x[some], bounds, Draws(0, "test", some))
@@ -264,7 +281,9 @@ def test_the_steepest_direction_has_length_one_and_gains_the_dual_norm(norm: str
     gradient = noise(images(), scale)
     threat = make_threat(norm, 1.0)
     step = threat.steepest(gradient, keep=0.0)  # for l1: the best single coordinate
-    torch.testing.assert_close(threat.distance(step, torch.zeros_like(step)), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(
+        threat.distance(step, torch.zeros_like(step)), torch.ones(6, dtype=torch.float64)
+    )
     gain = (gradient.double() * step.double()).flatten(1).sum(1)
     order = {"linf": 1.0, "l2": 2.0, "l1": math.inf}[norm]
     exact = torch.linalg.vector_norm(gradient.double().flatten(1), ord=order, dim=1)
@@ -312,7 +331,9 @@ def test_threats_are_values() -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
-@pytest.mark.parametrize("eps", [-1.0, 0.0, math.nan, torch.tensor([0.1, -1.0]), torch.tensor([]), torch.ones(2, 1)])
+@pytest.mark.parametrize(
+    "eps", [-1.0, 0.0, math.nan, torch.tensor([0.1, -1.0]), torch.tensor([]), torch.ones(2, 1)]
+)
 def test_an_impossible_radius_is_one_line(norm: str, eps: float | Tensor) -> None:
     with pytest.raises(ThreatError, match=r"^eps.* is no radius; it must be|^eps has shape") as error:
         make_threat(norm, eps)
@@ -324,7 +345,13 @@ def test_a_radius_wider_than_the_box_is_a_forgotten_division() -> None:
         Linf(8).check(BOX)
     with pytest.raises(ThreatError, match=r"^eps=300 is outside the box \[0, 255\]$"):
         Linf(300).check((0.0, 255.0))
-    for threat, bounds in ((Linf(8), (0.0, 255.0)), (Linf(1), BOX), (Linf(2), (-1.0, 1.0)), (L2(8), BOX), (Linf(), BOX)):
+    for threat, bounds in (
+        (Linf(8), (0.0, 255.0)),
+        (Linf(1), BOX),
+        (Linf(2), (-1.0, 1.0)),
+        (L2(8), BOX),
+        (Linf(), BOX),
+    ):
         threat.check(bounds)
 
 
