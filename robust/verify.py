@@ -137,6 +137,7 @@ def _check_numbers(verdict: Verdict) -> None:
 
 def _check_clean(verdict: Verdict, model: Classifier | Oracle, source: Source) -> list[int]:
     differing: list[int] = []
+    told = _tells_confidence(verdict, model)
     for start in range(0, len(source), BATCH):
         rows = range(start, min(start + BATCH, len(source)))
         x, y = source.batch(rows)
@@ -148,12 +149,14 @@ def _check_clean(verdict: Verdict, model: Classifier | Oracle, source: Source) -
         index = torch.tensor(rows)
         decision = outcome(model, x, y, index, verdict.seed)
         stored = (~verdict.correct[index], verdict.clean_predictions[index])
-        differing += _compare("clean sample", decision, index, *stored, verdict.samples.confidence)
+        confidence = verdict.samples.confidence if told else None
+        differing += _compare("clean sample", decision, index, *stored, confidence)
     return differing
 
 
 def _check_evidence(verdict: Verdict, model: Classifier | Oracle, source: Source) -> list[int]:
     differing: list[int] = []
+    told = _tells_confidence(verdict, model)
     for start in range(0, len(verdict.adversarial_index), BATCH):
         index = verdict.adversarial_index[start : start + BATCH]
         points = verdict.adversarial[start : start + BATCH]
@@ -175,13 +178,23 @@ def _check_evidence(verdict: Verdict, model: Classifier | Oracle, source: Source
                 )
         decision = outcome(model, points, y, index, verdict.seed)
         stored = (torch.ones(len(index), dtype=torch.bool), verdict.adversarial_predictions[index])
-        confidence = verdict.samples.adversarial_confidence
+        confidence = verdict.samples.adversarial_confidence if told else None
         differing += _compare("the example of sample", decision, index, *stored, confidence)
     return differing
 
 
+def _tells_confidence(verdict: Verdict, model: Classifier | Oracle) -> bool:
+    """An oracle may give labels only: neither its verdict nor its answers hold confidences."""
+    return isinstance(model, Classifier) and not verdict.manifest["model"]["oracle"]
+
+
 def _compare(
-    what: str, decision: Decision, index: Tensor, hit: Tensor, prediction: Tensor, confidence: list[float]
+    what: str,
+    decision: Decision,
+    index: Tensor,
+    hit: Tensor,
+    prediction: Tensor,
+    confidence: list[float] | None,
 ) -> list[int]:
     """The samples whose stored outcome differs within float noise; anything beyond it raises."""
     other_hit = decision.hit.cpu() != hit
@@ -192,6 +205,9 @@ def _compare(
             said, stored = int(decision.prediction[k]), int(prediction[k])
             wrong = "right" if said == stored else f"predicted {said}"
             raise VerificationError(f"{what} {i} is {wrong}, not what the verdict says ({stored})")
-        if not bool(other_class[k]) and abs(float(decision.confidence[k]) - confidence[i]) > _CONFIDENCE:
-            raise VerificationError(f"{what} {i} has the confidence {float(decision.confidence[k]):.4f} here")
+        if confidence is None or bool(other_class[k]):
+            continue
+        here = float(decision.confidence[k])
+        if not abs(here - confidence[i]) <= _CONFIDENCE:
+            raise VerificationError(f"{what} {i} has the confidence {here:.4f}, not {confidence[i]:.4f}")
     return index[other_hit | other_class].tolist()

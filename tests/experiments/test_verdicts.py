@@ -36,6 +36,24 @@ def test_undefended_resnet20_keeps_nothing_at_8_255() -> None:
     assert record["results"]["robust_accuracy"] == 0.0
 
 
+def test_readme_quotes_the_records() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for stem, start in (
+        ("digits-linf-0.2", "| `zoo:digits`"),
+        ("cifar10-resnet20-linf-8", "| a CIFAR ResNet-20"),
+    ):
+        record = json.loads((ROOT / "experiments/verdicts/results" / f"{stem}.json").read_text())
+        (line,) = (line for line in lines if line.startswith(start))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        results = record["results"]
+        assert cells[3:] == [
+            record["suite"]["name"],
+            f"{results['clean_accuracy']:.1%}".replace("%", " %"),
+            f"{results['robust_accuracy']:.1%}".replace("%", " %"),
+        ]
+        assert f"{record['data']['n']:,}" in cells[1]
+
+
 def test_comparison_names_the_samples_on_which_two_verdicts_disagree() -> None:
     record = {"correct": [0, 1, 2, 3], "parts": {"a": {"broken": [1]}, "b": {"broken": [1, 2]}}}
     assert compare(record, [True, False, True, False, False]) == {"missed": [2], "beyond": [3]}

@@ -23,7 +23,9 @@ from tests.robust.subjects import Net, network
 
 # One server imports torch once (with what its first gradient imports); every run is a fork of it.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.robust.crash", "robust.attacks", "torch.fx.experimental.symbolic_shapes"])
+_CONTEXT.set_forkserver_preload(
+    ["tests.robust.crash", "robust.attacks", "torch.fx.experimental.symbolic_shapes"]
+)
 # The steps of a write that Python tells of before it takes them.
 STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 
@@ -35,7 +37,8 @@ class Slow(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, late."""
-        time.sleep(self.seconds)
+        if self.seconds:
+            time.sleep(self.seconds)
         return super().forward(x)
 
 
@@ -57,7 +60,7 @@ def subject(seconds: float = 0.0, seed: int = 1) -> tuple[Classifier, Tensor, Te
 
 
 def run(out: str | Path | None, seconds: float = 0.0, **options: Any) -> Verdict:
-    """The run that all tests interrupt: three chunks, two radii, and an attack of one step unless a test wants a longer one."""
+    """The run that all tests interrupt: three chunks, two radii, an attack of one step where no other is wanted."""
     return evaluate(*subject(seconds), out=out, **{**CALL, **options})
 
 
@@ -95,7 +98,12 @@ def end(process: BaseProcess) -> int | None:
 
 
 def _child(
-    out: str, *, die_at: int | None = None, largest: int | None = None, told: Path | None = None, **options: Any
+    out: str,
+    *,
+    die_at: int | None = None,
+    largest: int | None = None,
+    told: Path | None = None,
+    **options: Any,
 ) -> None:
     """Runs once; exits with 7, and its line in the file `told`, on a `RobustError`.
 

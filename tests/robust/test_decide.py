@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust.classifier import FLOAT_NOISE, Classifier
+from robust.classifier import FLOAT_NOISE, Classifier, clear, misclassified
 from robust.decide import BATCH, DRAWS, Decision, decide, outcome
 from robust.oracle import Oracle
 
@@ -52,6 +52,16 @@ def same(a: Decision, b: Decision, rows: Tensor | slice = slice(None)) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ deterministic models
+
+
+def test_misclassified_and_clear_agree_with_the_definition() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0 + 1e-6, 0.0], [1.0, 2.0, 0.0], [torch.nan, 5.0, 0.0]])
+    y, targets = torch.zeros(4, dtype=torch.long), torch.tensor([1, 1, 1, 1])
+    assert misclassified(logits, y).tolist() == [False, True, True, True]
+    assert misclassified(logits, y, targets).tolist() == [False, True, True, False], "NaN reaches no target"
+    assert clear(logits, y).tolist() == [True, False, True, True]
+    assert clear(1e4 * logits[:3], y[:3]).tolist() == [True, False, True], "float noise grows with the logits"
+    assert clear(logits, y, targets).tolist() == [True, False, True, True]
 
 
 def test_the_outcome_is_the_largest_logit() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ def test_broken_by_is_the_first_attack_of_the_suite_that_breaks_the_sample() -> 
     suite = ["fgsm", "apgd-ce", "apgd-t"]
     alone = [evaluate(clf, x, y, threat=Linf(0.04), suite=[name]) for name in suite]
     expected = [
-        next((name for name, one in zip(suite, alone, strict=True) if not one.robust[i]), None) if right else None
+        next((name for name, one in zip(suite, alone, strict=True) if not one.robust[i]), None)
+        if right
+        else None
         for i, right in enumerate(alone[0].correct.tolist())
     ]
     together = evaluate(clf, x, y, threat=Linf(0.04), suite=suite)
@@ -108,7 +110,8 @@ def test_a_curve_is_monotone_and_made_of_separate_runs() -> None:
 def test_outcomes_depend_on_the_seed_alone_and_not_on_the_chunk() -> None:
     clf, x, y = network(seed=2)
     first, again, small = (
-        evaluate(clf, x, y, threat=Linf(0.03), suite=["pgd"], seed=3, chunk=chunk) for chunk in (None, None, 5)
+        evaluate(clf, x, y, threat=Linf(0.03), suite=["pgd"], seed=3, chunk=chunk)
+        for chunk in (None, None, 5)
     )
     assert same_outcomes(first, again)
     assert first.broken_by == small.broken_by
@@ -119,7 +122,9 @@ def test_outcomes_depend_on_the_seed_alone_and_not_on_the_chunk() -> None:
 
 def test_the_verdict_has_the_contracts_fields(tmp_path: Path) -> None:
     clf, x, y = network()
-    verdict = evaluate(clf, x, y, threat=Linf(8 / 255), suite="quick", seed=7, out=tmp_path / "run", report=False)
+    verdict = evaluate(
+        clf, x, y, threat=Linf(8 / 255), suite="quick", seed=7, out=tmp_path / "run", report=False
+    )
     n = len(x)
     assert isinstance(verdict, Verdict)
     assert len(verdict) == n
@@ -145,7 +150,9 @@ def test_the_verdict_has_the_contracts_fields(tmp_path: Path) -> None:
     assert manifest["threat"] == {"norm": "linf", "eps": [8 / 255]}
     assert [stage["attack"] for stage in manifest["suite"]["stages"]] == ["apgd-ce", "apgd-t"]
     assert (manifest["seed"], manifest["draws"], manifest["precision"]) == (7, 1, "float32")
-    assert {"schema", "data", "versions", "device", "batches", "command", "started", "finished"} < set(manifest)
+    assert {"schema", "data", "versions", "device", "batches", "command", "started", "finished"} < set(
+        manifest
+    )
     assert manifest["results"]["robust_accuracy"] == verdict.robust_accuracy
     assert verdict.warnings == manifest["warnings"]
     assert verdict.summary()["n"] == n
@@ -178,7 +185,13 @@ def test_tensors_datasets_lists_and_data_give_the_same_verdict() -> None:
     clf, x, y = network(n=6)
     data = Data("six", ("a", "b", "c", "d"), ArrayImages(x.numpy()), y)
     numbers = [(np.asarray(x[i]), np.int64(y[i])) for i in range(6)]
-    forms: list[tuple[Any, ...]] = [(x, y), (x.double(), y.int()), (TensorDataset(x, y),), (numbers,), (data,)]
+    forms: list[tuple[Any, ...]] = [
+        (x, y),
+        (x.double(), y.int()),
+        (TensorDataset(x, y),),
+        (numbers,),
+        (data,),
+    ]
     verdicts = [evaluate(clf, *form, threat=Linf(0.04), suite=["fgsm"]) for form in forms]
     assert verdicts[0].adversarial_index.tolist()
     assert all(same_outcomes(verdicts[0], other) for other in verdicts[1:])
@@ -209,7 +222,10 @@ def test_the_cost_is_the_sum_of_the_stages_and_what_the_module_was_asked() -> No
     self_check = 2 * 4
     one_is_wrong = 3  # and is not attacked: its three batch mates are padded with one of them
     passes = {"fgsm": 1, "pgd": 20}
-    clean, check = 4, one_is_wrong  # before the suite; each attack's own look at its points, and its last word
+    clean, check = (
+        4,
+        one_is_wrong,
+    )  # before the suite; each attack's own look at its points, and its last word
     expected = {name: check + one_is_wrong * (steps + 1) + check for name, steps in passes.items()}
     assert verdict.cost["backwards"] == one_is_wrong * sum(passes.values())
     assert verdict.cost["forwards"] == clean + sum(expected.values())
@@ -219,7 +235,7 @@ def test_the_cost_is_the_sum_of_the_stages_and_what_the_module_was_asked() -> No
 
 
 def test_queries_of_a_black_box_attack_are_counted() -> None:
-    clf, x, y, radius = linear(n=6)
+    clf, x, y, _ = linear(n=6)
     verdict = evaluate(clf, x, y, threat=Linf(0.3), suite=["square"])
     assert verdict.robust_accuracy == 0
     assert 4 <= verdict.cost["queries"] <= verdict.cost["forwards"]
@@ -271,10 +287,10 @@ def test_a_folder_holds_the_evidence_and_nothing_of_the_work(tmp_path: Path) -> 
     assert {path.name for path in empty.iterdir()} == files - {"report.html"}
 
 
-def complaint(call: Callable[[], object]) -> str:
+def complaint(subject: tuple[Any, ...], **options: Any) -> str:
     """The one line that a bad call gives."""
     with pytest.raises(RobustError) as caught:
-        call()
+        evaluate(*subject, threat=Linf(0.1), suite="fgsm", **options)
     line = str(caught.value)
     assert "\n" not in line
     assert len(line) < 400
@@ -282,20 +298,19 @@ def complaint(call: Callable[[], object]) -> str:
 
 
 def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path) -> None:
-    clf, x, y = network(n=4)
+    subject = network(n=4)
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("a file")
     for resume in (False, True):
         for out in (taken, tmp_path / "file", tmp_path / "file" / "run"):
-            line = complaint(lambda: evaluate(clf, x, y, threat=Linf(0.1), suite="fgsm", out=out, resume=resume))  # noqa: B023
-            assert str(out) in line
+            assert str(out) in complaint(subject, out=out, resume=resume)
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
     done = tmp_path / "done"
-    evaluate(clf, x, y, threat=Linf(0.1), suite="fgsm", out=done, report=False)
+    evaluate(*subject, threat=Linf(0.1), suite="fgsm", out=done, report=False)
     before = (done / "manifest.json").read_bytes()
-    assert "holds something" in complaint(lambda: evaluate(clf, x, y, threat=Linf(0.1), suite="fgsm", out=done))
+    assert "holds something" in complaint(subject, out=done)
     assert (done / "manifest.json").read_bytes() == before
 
 

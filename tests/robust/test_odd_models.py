@@ -99,7 +99,9 @@ def test_any_channels_and_sides(shape: tuple[int, int, int], tmp_path: Path) -> 
     verdict = evaluate(clf, x, y, threat=Linf(eps), suite="quick", out=tmp_path / "run")
     assert torch.equal(verdict.robust, radius > eps)
     assert verdict.manifest["data"]["shape"] == list(shape)
-    assert Verdict.load(tmp_path / "run").verify(clf, x, y)["examples"] == int((verdict.correct & ~verdict.robust).sum())
+    assert Verdict.load(tmp_path / "run").verify(clf, x, y)["examples"] == int(
+        (verdict.correct & ~verdict.robust).sum()
+    )
     strong = evaluate(clf, x, y, threat=Linf(0.3), suite="square")
     assert strong.broken_by == [None, None, *["square"] * 4]
 
@@ -146,7 +148,9 @@ def test_all_misclassified_leaves_nothing_to_attack(tmp_path: Path) -> None:
         (lambda x: x.flatten(1) @ torch.ones(5, 3), "fails on inputs of shape"),
     ],
 )
-def test_a_model_without_logits_is_refused_before_anything_is_written(answer: Any, match: str, tmp_path: Path) -> None:
+def test_a_model_without_logits_is_refused_before_anything_is_written(
+    answer: Any, match: str, tmp_path: Path
+) -> None:
     module = nn.Module()
     module.forward = answer  # type: ignore[method-assign]
     _, x, y, _ = linear(n=6)
@@ -222,7 +226,12 @@ def test_suite_rand_finds_the_boundary_of_a_noisy_model_and_repeats_itself(tmp_p
         with torch.random.fork_rng():
             torch.manual_seed(state)
             before = torch.random.get_rng_state()
-            call: dict[str, Any] = {"threat": Linf(0.25), "suite": "rand", "out": tmp_path / str(state), "report": False}
+            call: dict[str, Any] = {
+                "threat": Linf(0.25),
+                "suite": "rand",
+                "out": tmp_path / str(state),
+                "report": False,
+            }
             verdict = evaluate(Classifier(clf.module), subject.x, subject.y, **call)
             outcomes.append((repr(verdict.samples), verdict.adversarial.tolist()))
             found = Verdict.load(tmp_path / str(state)).verify(clf, subject.x, subject.y)
@@ -257,7 +266,9 @@ def test_a_hidden_gradient_is_doubted_and_square_goes_around_it() -> None:
     assert doubts(verdict, "gradients vanish at 100% of the points apgd-ce")
     assert verdict.broken_by.count("square") > 6
     count = verdict.broken_by.count("square")
-    assert doubts(verdict, f"square, without gradients, broke {count} samples that gradient attacks could not")
+    assert doubts(
+        verdict, f"square, without gradients, broke {count} samples that gradient attacks could not"
+    )
     plain = evaluate(*subject[:3], threat=Linf(0.3), suite=["apgd-ce", "square"])
     assert not doubts(plain, "gradient")
 
