@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from robust.digest import write_atomic
 from robust.errors import RobustError, RunError
 from robust.optimise import Average, load_state_tensors, state_tensors
 
@@ -59,25 +60,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file that is either whole or absent: a temporary file, flushed to disk, then renamed."""
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    _replace(path, save(copies, metadata=dict(metadata or {"format": "pt"})))
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file as atomically."""
-    _replace(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written ({error.strerror}); free its place, then resume") from None
+    write_atomic(path, save(copies, metadata=dict(metadata or {"format": "pt"})))
 
 
 def save_checkpoint(

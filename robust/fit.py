@@ -29,10 +29,10 @@ from robust.checkpoint import (
     load_checkpoint,
     prepare_folder,
     save_checkpoint,
-    write_json,
     write_tensors,
 )
 from robust.classifier import Classifier
+from robust.digest import write_json
 from robust.errors import DataError, RunError
 from robust.optimise import Average, Optimizer, Schedule, Settings, make_optimizer
 from robust.recipe import Loss, Recipe

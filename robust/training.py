@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from robust.augment import Augment
-from robust.checkpoint import RECORD, write_json
+from robust.checkpoint import RECORD
 from robust.classifier import Classifier
 from robust.config import from_mapping, load_config
 from robust.data import load_data
+from robust.digest import write_json
 from robust.errors import ConfigError, UnknownName
 from robust.fit import FitResult, Progress, accuracy, fit
 from robust.models import load_model

@@ -203,11 +203,11 @@ def _compare(
     for k, i in enumerate(index.tolist()):
         if bool(beyond[k]):
             said, stored = int(decision.prediction[k]), int(prediction[k])
-            wrong = "right" if said == stored else f"predicted {said}"
-            raise VerificationError(f"{what} {i} is {wrong}, not what the verdict says ({stored})")
+            here = ("wrong" if bool(decision.hit[k]) else "right") if said == stored else f"predicted {said}"
+            raise VerificationError(f"{what} {i} is {here}, which is not what the verdict says ({stored})")
         if confidence is None or bool(other_class[k]):
             continue
-        here = float(decision.confidence[k])
-        if not abs(here - confidence[i]) <= _CONFIDENCE:
-            raise VerificationError(f"{what} {i} has the confidence {here:.4f}, not {confidence[i]:.4f}")
+        sure = float(decision.confidence[k])
+        if not abs(sure - confidence[i]) <= _CONFIDENCE:
+            raise VerificationError(f"{what} {i} has the confidence {sure:.4f}, not {confidence[i]:.4f}")
     return index[other_hit | other_class].tolist()

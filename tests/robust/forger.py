@@ -100,6 +100,11 @@ def _invent_a_right_answer(f: Forger) -> None:
     f.recount()
 
 
+def _call_it(f: Forger, i: int, correct: bool) -> None:
+    f.clean(i).update(correct=correct, marginal=True)
+    f.recount()
+
+
 def _invent_a_break(f: Forger, x: Tensor) -> None:
     commit = next(commit for commit in f.commits if commit["attack"] == "pgd")
     place = next(k for k, line in enumerate(f.lines) if line.get("commit") is commit)
@@ -168,6 +173,8 @@ FORGERIES: dict[str, tuple[Callable[..., None], str]] = {
     "a missing part": (lambda f: f.manifest.pop("results"), "results"),
     "a hidden break": (_hide_a_break, "does not hold what its last line says"),
     "an invented right answer": (_invent_a_right_answer, "clean sample 0 is predicted"),
+    "a wrong answer called right": (lambda f: _call_it(f, 0, True), "clean sample 0 is wrong"),
+    "a right answer called wrong": (lambda f: _call_it(f, f.standing, False), r"clean sample \d+ is right"),
     "an invented break": (_invent_a_break, "does not hold what its last line says"),
     "a doubled example": (lambda f: f.tensors.update({k: torch.cat([v, v[:1]]) for k, v in f.tensors.items()}),
                           "examples are not those"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from robust import Classifier
+from robust.attacks import Attack, Result, get
+from robust.cost import Cost
 
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 
@@ -77,3 +80,18 @@ def network(
         y = module(x).argmax(1)
     y[0] = (y[0] + 1) % classes
     return clf, x, y
+
+
+@dataclass(frozen=True, kw_only=True)
+class Liar(Attack):
+    """An attack that claims every sample: by its clean point, outside the ball, outside the box, and rightly."""
+
+    def run(self, model: Any, x: Tensor, y: Tensor, **options: Any) -> Result:
+        """Four kinds of claims in turn."""
+        kind, step = torch.arange(len(x)) % 4, torch.zeros_like(x)
+        found = get("apgd-t")(threat=self.threat, until="broken").run(model, x, y, **options).x_adv
+        step[:, 0, 0, 0] = torch.tensor([0.0, 2 * self.threat.eps, -9.0, 0.0])[kind]
+        claims = torch.where((kind == 3).view(-1, 1, 1, 1), found, torch.where(
+            (kind == 1).view(-1, 1, 1, 1), found + step, x + step))  # fmt: skip
+        success = torch.ones(len(x), dtype=torch.bool)
+        return Result(claims, success, self.threat.distance(claims, x), Cost())

@@ -300,7 +300,7 @@ def test_another_box_scales_the_data_and_the_radius(place: Path, capsys: pytest.
     ("error", "code", "part"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 2, "runs/a: the disk is full"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "/root/x: not permitted"),
+        (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), 2, "/etc/x: not permitted"),
         (MemoryError(), 2, "out of memory"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],

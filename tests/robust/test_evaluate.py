@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from robust import L0, L2, Classifier, Linf, Oracle, Patch, Verdict, evaluate
+from robust.attacks import REGISTRY
 from robust.data.base import ArrayImages, Data
 from robust.errors import RobustError
 from robust.threat import SLACK, make_threat
@@ -157,6 +158,19 @@ def test_the_verdict_has_the_contracts_fields(tmp_path: Path) -> None:
     assert verdict.warnings == manifest["warnings"]
     assert verdict.summary()["n"] == n
     json.dumps(verdict.summary())
+
+
+def test_an_attacks_claims_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY._table, "liar", "tests.robust.subjects:Liar")
+    clf, x, y, radius = linear(n=18)
+    eps = between(radius, 0.8)
+    verdict = evaluate(clf, x, y, threat=Linf(eps), suite=["liar", "apgd-t"])
+    honest = evaluate(clf, x, y, threat=Linf(eps), suite=["apgd-t"])
+    assert torch.equal(verdict.robust, honest.robust)
+    right = verdict.correct.nonzero()[:, 0].tolist()
+    liars = [right[k] for k in range(3, len(right), 4) if not honest.robust[right[k]]]
+    assert [i for i, name in enumerate(verdict.broken_by) if name == "liar"] == liars
+    assert len(liars) > 1
 
 
 # -- data -----------------------------------------------------------------------------------------------------
