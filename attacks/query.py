@@ -109,7 +109,7 @@ def _gradient(model: Classifier, query: Query, rows: dict[str, Tensor]) -> Answe
                 value = _loss(query.loss, leaf, rows)
             assert value is not None
             (upstream,) = torch.autograd.grad(value.sum(), leaf)
-            (gradient,) = torch.autograd.grad(logits, x, upstream)
+            (gradient,) = torch.autograd.grad((logits * upstream).sum(), x)
             parts = [detached, value.detach(), gradient]
         else:
             parts = [detached, *_differences(logits, x, query.against, rows["y"])]
@@ -125,7 +125,7 @@ def _differences(logits: Tensor, x: Tensor, against: Tensor, y: Tensor) -> list[
     own = torch.nn.functional.one_hot(y, logits.shape[1]).to(logits)
     for t in range(columns):
         upstream = torch.nn.functional.one_hot(against[:, t], logits.shape[1]).to(logits) - own
-        (gradient,) = torch.autograd.grad(logits, x, upstream, retain_graph=t + 1 < columns)
+        (gradient,) = torch.autograd.grad((logits * upstream).sum(), x, retain_graph=t + 1 < columns)
         gradients.append(gradient)
     values = logits.detach().gather(1, against) - logits.detach().gather(1, y[:, None])
     return [values, torch.stack(gradients, dim=1)]

@@ -7,7 +7,7 @@ engine runs stepwise rules on it; a method that is no stepwise rule asks `answer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from robust.attacks.query import Answer, Query, ask
 from robust.classifier import Classifier, clear, misclassified
 from robust.decide import decide
 from robust.oracle import Oracle
-from robust.rng import derive
+from robust.rng import derive, seeded
 
 if TYPE_CHECKING:
     from robust.attacks.base import Attack
@@ -65,9 +65,10 @@ class Trial:
         if not isinstance(self.model, Classifier):
             yield
             return
-        with self.model.session(), torch.random.fork_rng(enabled=self.model.randomised):
-            if self.model.randomised:
-                torch.manual_seed(derive(self.seed, "model"))
+        keyed = (
+            seeded(derive(self.seed, "model"), self.model.device) if self.model.randomised else nullcontext()
+        )
+        with self.model.session(), keyed:
             yield
 
     @property
