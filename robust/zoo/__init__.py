@@ -77,4 +77,11 @@ ENTRIES = {
         recipe="experiments/train/digits-at.toml",
         card="PGD adversarial training (Madry et al. 2018) on scikit-learn's digits, linf 0.2",
     ),
+    "mnist-at": Entry(
+        architecture="lenet5",
+        weights="mnist-at.safetensors",
+        data="mnist",
+        recipe="experiments/train/mnist-at.toml",
+        card="PGD adversarial training (Madry et al. 2018) on MNIST, linf 0.3",
+    ),
 }
