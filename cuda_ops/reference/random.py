@@ -1,4 +1,4 @@
-"""What every operation means, in plain PyTorch: the CPU path and the oracle of the kernels' tests."""
+"""Counter-based random words: the integers that every kernel reproduces bit for bit."""
 
 from __future__ import annotations
 
