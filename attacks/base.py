@@ -16,6 +16,7 @@ from robust.cost import Cost
 from robust.errors import DataError, RobustError, ThreatError
 from robust.oracle import Oracle
 from robust.threat import Threat
+from robust.twin import Precision, check_precision
 
 Until = Literal["strongest", "broken", "smallest"]
 
@@ -64,9 +65,10 @@ class Attack:
         targets: Tensor | None = None,
         seed: int = 0,
         index: Tensor | None = None,
+        precision: Precision = "auto",
     ) -> Tensor:
         """Adversarial points of the shape, dtype and device of x; see `run`."""
-        return self.run(model, x, y, targets=targets, seed=seed, index=index).x_adv
+        return self.run(model, x, y, targets=targets, seed=seed, index=index, precision=precision).x_adv
 
     def run(
         self,
@@ -77,6 +79,7 @@ class Attack:
         targets: Tensor | None = None,
         seed: int = 0,
         index: Tensor | None = None,
+        precision: Precision = "auto",
         progress: Callable[[float], None] | None = None,
     ) -> Result:
         """Attacks every sample and measures what came out.
@@ -88,19 +91,23 @@ class Attack:
             targets: (N,) classes to reach; None to leave y.
             seed: with `index`, the key of all randomness.
             index: (N,) identities of the samples, 0…N−1 if None.
+            precision: "float32": a twin (`robust.twin`) answers in the model's place; "bfloat16": a bfloat16
+                twin scouts before it; "auto": either where the work repays it; "original": the model answers itself.
+                What counts as success is the original's word in any case.
             progress: called now and then with the fraction done.
 
         Raises:
             RobustError: a wrong shape, class, norm or radius, in one line.
         """
         self.validate(model, x, y, targets)
+        check_precision(precision)
         started, before = time.perf_counter(), _cost(model)
         if isinstance(model, Classifier):
             model.check(x.float())
         if len(x) == 0:
             return Result(x.clone(), torch.zeros(0, dtype=torch.bool), torch.zeros(0).double(), Cost())
         trial = Trial(self, model, x, y, targets=targets, seed=seed, index=index)
-        trial.hook = progress
+        trial.hook, trial.precision = progress, precision
         with trial.session():
             if trial.searching():
                 self.attack(trial)

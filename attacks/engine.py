@@ -15,8 +15,10 @@ from robust.attacks.rule import Jobs, Rule, Setting, State, choose
 from robust.attacks.trial import Trial
 from robust.errors import BudgetExceeded
 from robust.rng import JOB_BITS, identities
+from robust.twin import fast_bfloat16
 
 _REPORT_EVERY = 8
+WORTH_A_TWIN = 5_000  # steps of single rows: what making and checking a twin costs is then a few percent
 
 
 def buckets(sample: int, device: torch.device) -> list[int]:
@@ -51,10 +53,18 @@ def make_jobs(trial: Trial, restarts: int = 1, targets: Tensor | None = None) ->
 
 
 def run_rule(rule: Rule, trial: Trial, jobs: Jobs) -> None:
-    """Runs all jobs to their end, a cancellation, or the end of the oracle's budget."""
-    engine = _Engine(rule, trial, jobs)
+    """Runs all jobs to their end, a cancellation, or the end of the oracle's budget.
+
+    As the trial's precision says, a bfloat16 twin scouts, a float32 twin decides, and the original confirms.
+    """
+    precision, whole = _resolve(rule, trial, jobs), jobs
+    if precision == "bfloat16" and rule.scouted and trial.use_twin(torch.bfloat16):
+        jobs = _scout(rule, trial, jobs)
+    if precision == "original" or not trial.use_twin(torch.float32):
+        trial.twin = None
     if trial.until == "strongest":
-        engine.offer_clean()
+        _offer_clean(rule, trial, whole)
+    engine = _Engine(rule, trial, jobs)
     try:
         engine.run()
     except BudgetExceeded:
@@ -62,27 +72,53 @@ def run_rule(rule: Rule, trial: Trial, jobs: Jobs) -> None:
         trial.note("budget_spent", 1)
 
 
+def _resolve(rule: Rule, trial: Trial, jobs: Jobs) -> str:
+    """What "auto" stands for: twins where the work repays making them, scouts where bfloat16 is fast."""
+    if trial.precision != "auto":
+        return trial.precision
+    if len(jobs.row) * rule.steps < WORTH_A_TWIN:
+        return "original"
+    return "bfloat16" if fast_bfloat16(trial.x.device) else "float32"
+
+
+def _scout(rule: Rule, trial: Trial, jobs: Jobs) -> Jobs:
+    """Lets the bfloat16 twin search first; returns the jobs of the samples that the original says still stand.
+
+    Where a success is enough, scouts take a sample's first job and the first steps of it: they are there for the weak
+    points. Else they do the whole work, which is repeated only where they fail.
+    """
+    enough = trial.until == "broken"
+    first = jobs.take((jobs.number == 0).nonzero()[:, 0]) if enough else jobs
+    scouts = _Engine(rule, trial, first, limit=max(5, rule.steps // 10) if enough else None)
+    scouts.scouting = True
+    scouts.run()
+    trial.recheck()
+    trial.twin = None
+    return jobs.take((~trial.sure[jobs.row]).nonzero()[:, 0])
+
+
+def _offer_clean(rule: Rule, trial: Trial, jobs: Jobs) -> None:
+    """The clean points, so that no result is weaker than they are; `jobs` begin with one of each sample."""
+    if rule.loss is None:
+        return
+    rows = torch.arange(len(trial.x), device=trial.x.device)
+    target = jobs.target[: len(rows)]
+    aimed = target if bool((target >= 0).all()) else None
+    hit, sure = trial.judge(rows, trial.x, trial.clean)
+    trial.offer(rows, trial.x, hit, sure, rule.loss(trial.clean, trial.y, aimed, trial.clean))
+
+
 class _Engine:
     """One run of a rule over a queue."""
 
-    def __init__(self, rule: Rule, trial: Trial, jobs: Jobs) -> None:
-        self.rule, self.trial, self.jobs = rule, trial, jobs
+    def __init__(self, rule: Rule, trial: Trial, jobs: Jobs, limit: int | None = None) -> None:
+        self.rule, self.trial, self.jobs, self.limit = rule, trial, jobs, limit
+        self.scouting = False
         self.next = 0
         self.state: State = {}
         self.sizes = buckets(trial.x[0].numel(), trial.x.device)
         self.active = torch.zeros(0, dtype=torch.bool)
         self.finished_jobs = 0
-
-    def offer_clean(self) -> None:
-        """The clean points, so that no result is weaker than they are."""
-        trial, loss = self.trial, self.rule.loss
-        if loss is None:
-            return
-        rows = torch.arange(len(trial.x), device=trial.x.device)
-        target = self.jobs.target[: len(rows)]
-        aimed = target if bool((target >= 0).all()) else None
-        hit, sure = trial.judge(rows, trial.x, trial.clean)
-        trial.offer(rows, trial.x, hit, sure, loss(trial.clean, trial.y, aimed, trial.clean))
 
     def run(self) -> None:
         """Until no job is left."""
@@ -92,10 +128,14 @@ class _Engine:
             answer = self.trial.answer(query, self.state, self.active)
             self._track(query, answer, turn)
             self.state.update(self.rule.step(self.state, answer))
-            self._retire(self.rule.done(self.state).cpu() & self.active)
+            self._retire(self._done().cpu() & self.active)
             if turn % _REPORT_EVERY == 0:
                 self._report()
             turn += 1
+
+    def _done(self) -> Tensor:
+        done = self.rule.done(self.state)
+        return done if self.limit is None else done | (self.state["t"] >= self.limit)
 
     def flush(self) -> None:
         """Hands over what the rows have, when the run ends early."""
@@ -151,7 +191,7 @@ class _Engine:
         return taken
 
     def _seat(self, taken: Tensor, busy: int) -> None:
-        jobs = Jobs(self.jobs.row[taken], self.jobs.target[taken], self.jobs.number[taken])
+        jobs = self.jobs.take(taken)
         new = self._rows(jobs.row, jobs)
         new.update(self.rule.start(new))
         if not self.state:
@@ -180,21 +220,20 @@ class _Engine:
         """Keeps each row's best queried point: a clear hit before a marginal one before none, then the score."""
         trial, state = self.trial, self.state
         hit, sure = trial.judge(state["row"], query.x, answer.scores)
-        smallest = trial.until == "smallest"
         inside = torch.ones_like(hit)
         if not self.rule.feasible:
             inside = self.rule.setting.ball(state).inside(query.x, state["x"], trial.bounds)
             hit, sure = hit & inside, sure & inside
-        if smallest:
+        if trial.until == "smallest":
             score = -trial.threat.distance(query.x, state["x"]).float()
-            better = hit & ((sure & ~state["sure"]) | ((sure == state["sure"]) & (score > state["score"])))
         else:
             loss = answer.loss if answer.loss is not None else hit.float()
             score = loss if loss.dim() == 1 else loss.amax(1)
-            rank, before = hit.int() + sure.int(), state["hit"].int() + state["sure"].int()
-            better = (rank > before) | ((rank == before) & (score > state["score"]))
-            better = better & inside
             state["first"] = torch.where(state["first"].isnan(), score, state["first"])
+        better = self._better(hit, sure, score) & inside
+        if trial.twin is not None and trial.until != "strongest":
+            hit, sure = trial.confirm(better & hit, state["row"], query.x, hit, sure)
+            better = self._better(hit, sure, score) & inside
         if bool(better.any()):
             state["best"] = choose(better, query.x.detach(), state["best"])
             for name, value in (("hit", hit), ("sure", sure), ("score", score)):
@@ -203,6 +242,13 @@ class _Engine:
             self._watch(answer.gradient, turn)
         if trial.until == "broken":
             self._retire(state["sure"].cpu() & self.active)
+
+    def _better(self, hit: Tensor, sure: Tensor, score: Tensor) -> Tensor:
+        """(B,) rows whose point now beats their best one; in "smallest" only what is hit counts."""
+        state = self.state
+        rank, before = hit.int() + sure.int(), state["hit"].int() + state["sure"].int()
+        better = (rank > before) | ((rank == before) & (score > state["score"]))
+        return better & hit if self.trial.until == "smallest" else better
 
     def _watch(self, gradient: Tensor, turn: int) -> None:
         """Counts rows without any gradient, now and then: a sign of masking."""
@@ -229,7 +275,7 @@ class _Engine:
         """Counts of finished searches that failed: did the loss rise, and how much of eps did the best point use."""
         trial, state = self.trial, self.state
         rows = rows[~state["hit"][rows]]
-        if trial.until == "smallest" or self.rule.loss is None or not len(rows):
+        if trial.until == "smallest" or self.rule.loss is None or self.scouting or not len(rows):
             return
         trial.note("searches", len(rows))
         trial.note("risen", int((state["score"][rows] > state["first"][rows]).sum()))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from robust.classifier import Classifier
 from robust.errors import RobustError
-from robust.losses import Loss
+from robust.losses import Loss, with_gradient
 from robust.oracle import Oracle
+from robust.twin import Twin
 
 Want = Literal["logits", "labels", "loss_grad", "difference_grad"]
 
@@ -46,7 +47,7 @@ class Answer:
 
 
 def ask(
-    model: Classifier | Oracle, query: Query, rows: dict[str, Tensor], active: Tensor | None
+    model: Classifier | Twin | Oracle, query: Query, rows: dict[str, Tensor], active: Tensor | None
 ) -> tuple[Answer, int]:
     """Answers a query and says how many black-box queries it took.
 
@@ -91,12 +92,16 @@ def _ask_oracle(
 def _loss(loss: Loss | None, scores: Tensor, rows: dict[str, Tensor]) -> Tensor | None:
     if loss is None:
         return None
+    return loss(scores, rows["y"], _aimed(rows), rows.get("reference"))
+
+
+def _aimed(rows: dict[str, Tensor]) -> Tensor | None:
+    """The rows' target classes, None where they have none."""
     target = rows.get("target")
-    aimed = target if target is not None and bool((target >= 0).all()) else None
-    return loss(scores, rows["y"], aimed, rows.get("reference"))
+    return target if target is not None and bool((target >= 0).all()) else None
 
 
-def _gradient(model: Classifier, query: Query, rows: dict[str, Tensor]) -> Answer:
+def _gradient(model: Classifier | Twin, query: Query, rows: dict[str, Tensor]) -> Answer:
     """Average of scores, loss and input gradient over the copies; rows that are not finite get a zero gradient."""
     sums: list[Tensor] = []
     for _ in range(query.copies):
@@ -104,13 +109,12 @@ def _gradient(model: Classifier, query: Query, rows: dict[str, Tensor]) -> Answe
         logits = model(x)
         detached = logits.detach()
         if query.against is None:
-            leaf = detached.clone().requires_grad_(True)
-            with torch.enable_grad():
-                value = _loss(query.loss, leaf, rows)
-            assert value is not None
-            (upstream,) = torch.autograd.grad(value.sum(), leaf)
+            assert query.loss is not None
+            value, upstream = with_gradient(
+                query.loss, detached, rows["y"], _aimed(rows), rows.get("reference")
+            )
             (gradient,) = torch.autograd.grad((logits * upstream).sum(), x)
-            parts = [detached, value.detach(), gradient]
+            parts = [detached, value, gradient]
         else:
             parts = [detached, *_differences(logits, x, query.against, rows["y"])]
         sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]

@@ -29,6 +29,10 @@ class Jobs:
     target: Tensor
     number: Tensor
 
+    def take(self, picked: Tensor) -> Jobs:
+        """Some of the jobs, in the order of `picked`."""
+        return Jobs(self.row[picked], self.target[picked], self.number[picked])
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -66,9 +70,11 @@ class Rule:
         steps: steps of one job, for progress.
         loss: what it maximises, where it maximises one.
         needs_reference: whether its loss compares with the clean points' logits.
+        scouted: whether a twin in bfloat16 may run it first: it climbs a loss, and small errors do not mislead it.
     """
 
     feasible = True
+    scouted = False
     steps = 1
     loss: Loss | None = None
     needs_reference = False

@@ -1,7 +1,8 @@
 """What an attack works on: samples, the subject's answers, and the best point of every sample so far.
 
 A `Trial` counts, verifies claims on the original model in float32, and tells which samples still need work. The
-engine runs stepwise rules on it; a method that is no stepwise rule asks `answer` and `offer` itself.
+engine runs stepwise rules on it; a method that is no stepwise rule asks `answer` and `offer` itself. Where a twin
+answers in the original's place, the original confirms what counts as found.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from robust.attacks.query import Answer, Query, ask
-from robust.classifier import Classifier, clear, misclassified
+from robust.classifier import FLOAT_NOISE, Classifier, clear, misclassified
 from robust.decide import decide
 from robust.oracle import Oracle
 from robust.rng import derive, seeded
+from robust.twin import Twin, make_twin
 
 if TYPE_CHECKING:
     from robust.attacks.base import Attack
@@ -58,6 +60,13 @@ class Trial:
         self.notes: dict[str, float] = {}
         self.hook: Hook | None = None
         self._clean: Tensor | None = None
+        self.precision = "original"
+        self.twin: Twin | None = None  # answers in the model's place
+
+    def use_twin(self, dtype: torch.dtype) -> bool:
+        """Has a twin in this arithmetic answer from now on; False, and the original does, where there is none."""
+        self.twin = make_twin(self.model, self.x, dtype) if isinstance(self.model, Classifier) else None
+        return self.twin is not None
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -75,8 +84,9 @@ class Trial:
     def clean(self) -> Tensor:
         """(N, K) scores of the clean points, asked for once."""
         if self._clean is None:
+            twin, self.twin = self.twin, None
             parts = [self.answer(Query(part, "logits")).scores for part in self.x.split(64)]
-            self._clean = torch.cat(parts)
+            self._clean, self.twin = torch.cat(parts), twin
         return self._clean
 
     @property
@@ -88,7 +98,7 @@ class Trial:
         self, query: Query, rows: dict[str, Tensor] | None = None, active: Tensor | None = None
     ) -> Answer:
         """The subject's answer, counted; see `query.ask`."""
-        answer, asked = ask(self.model, query, rows or {}, active)
+        answer, asked = ask(self.twin or self.model, query, rows or {}, active)
         self.queries += asked
         return answer
 
@@ -128,7 +138,8 @@ class Trial:
         """Whether points are misclassified, and clearly so; a randomised model is asked for its majority."""
         targets = None if self.targets is None else self.targets[rows]
         hit = misclassified(scores, self.y[rows], targets)
-        sure = hit & clear(scores, self.y[rows], targets)
+        noise = FLOAT_NOISE if self.twin is None else self.twin.noise
+        sure = hit & clear(scores, self.y[rows], targets, noise)
         if isinstance(self.model, Classifier) and self.model.randomised and bool(hit.any()):
             some = hit.nonzero()[:, 0]
             index = self.index.to(rows.device)[rows[some]]
@@ -138,6 +149,30 @@ class Trial:
             hit, sure = hit.clone(), sure.clone()
             hit[some], sure[some] = majority.hit, majority.hit
         return hit, sure
+
+    def confirm(
+        self, claims: Tensor, rows: Tensor, points: Tensor, hit: Tensor, sure: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`hit` and `sure` with the original's word on the rows of `claims` (B,), where a twin claimed them."""
+        if self.twin is None or not bool(claims.any()):
+            return hit, sure
+        some = claims.nonzero()[:, 0]
+        assert isinstance(self.model, Classifier)
+        logits = torch.cat([self.model.logits(part) for part in points[some].split(64)])
+        y, targets = self.y[rows[some]], targets_of(targets_of(self.targets, rows), some)
+        hit, sure = hit.clone(), sure.clone()
+        hit[some] = misclassified(logits, y, targets)
+        sure[some] = hit[some] & clear(logits, y, targets)
+        return hit, sure
+
+    def recheck(self) -> None:
+        """Has the original look at everything a twin found; what it denies was never found."""
+        rows = torch.arange(len(self.x), device=self.x.device)
+        found = self.hit.clone()
+        self.hit, self.sure = self.confirm(found, rows, self.best, self.hit, self.sure)
+        denied = found & ~self.hit
+        self.score = torch.where(denied, -torch.inf, self.score)
+        self.best = torch.where(denied.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.best)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The best points and whether the original model, asked once more, misclassifies them."""
@@ -165,7 +200,7 @@ class Trial:
             attack, self.model, self.x[rows], self.y[rows], targets=picked, seed=self.seed, index=index
         )
         other._clean = self.clean[rows]
-        other.hook = self.hook
+        other.hook, other.precision, other.twin = self.hook, self.precision, self.twin
         return other
 
     def absorb(self, rows: Tensor, other: Trial) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ class Classifier:
         self.cost = Cost()
         self.randomised = False
         self.warnings: list[str] = []
+        self.twins: dict[str, Any] = {}  # what robust.twin keeps between runs
 
     def _statistics(self, values: float | Sequence[float] | None, default: float) -> Tensor:
         numbers = torch.as_tensor(default if values is None else values, dtype=torch.float32).reshape(
@@ -267,11 +269,11 @@ def misclassified(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> T
     return ~finite | (prediction != y) if targets is None else finite & (prediction == targets)
 
 
-def clear(logits: Tensor, y: Tensor, targets: Tensor | None = None) -> Tensor:
-    """(N,) bool: whether the outcome is outside float noise, so that another machine sees the same."""
+def clear(logits: Tensor, y: Tensor, targets: Tensor | None = None, noise: float = FLOAT_NOISE) -> Tensor:
+    """(N,) bool: whether the outcome is outside `noise` of the largest |logit|: another machine sees the same."""
     finite = logits.isfinite().all(1)
     values = logits.nan_to_num(0.0, 1e30, -1e30)
     reached = y if targets is None else targets
     own = values.gather(1, reached[:, None])[:, 0]
     other = values.scatter(1, reached[:, None], -torch.inf).amax(1)
-    return ~finite | ((other - own).abs() > FLOAT_NOISE * values.abs().amax(1).clamp_min(1e-3))
+    return ~finite | ((other - own).abs() > noise * values.abs().amax(1).clamp_min(1e-3))

@@ -26,6 +26,7 @@ from robust.registry import room
 from robust.rows import as_source, check_samples
 from robust.suites import Stage
 from robust.threat import Threat
+from robust.twin import Precision
 from robust.verdict import Verdict
 
 Progress = Callable[[float, str], None]
@@ -42,6 +43,7 @@ def evaluate(
     out: str | Path | None = None,
     resume: bool = False,
     chunk: int | None = None,
+    precision: Precision = "auto",
     report: bool = True,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -59,6 +61,8 @@ def evaluate(
         out: a run folder to write continuously; it must be new, or hold the run to `resume`.
         resume: go on with the run in `out`; queries of a group that was cut off are not charged to an oracle's budget.
         chunk: samples per journal group; chosen from their size if None.
+        precision: "float32": a faster twin of the model (`robust.twin`) answers the attacks; "bfloat16": a bfloat16
+            twin scouts before it; "auto": what the run repays; "original": the model answers itself. It never decides.
         report: whether to write report.html into `out`.
         progress: called with the fraction done and a line of text.
 
@@ -70,7 +74,7 @@ def evaluate(
     source = as_source(x, y)
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore", RobustWarning)
-        plan = make_plan(model, source, threat, suite, seed, chunk)
+        plan = make_plan(model, source, threat, suite, seed, chunk, precision)
         folder = None if out is None else Path(out)
         if folder is not None and resume and (folder / "digests.json").exists():
             return _finished(plan, folder)
@@ -114,7 +118,7 @@ class _Run:
     def __init__(self, plan: Plan, journal: Journal, progress: Progress) -> None:
         self.plan, self.journal, self.progress = plan, journal, progress
         self.steps = plan.steps()
-        self.weights = [_work(stage) for _, stage in self.steps]
+        self.weights = [stage.passes() for _, stage in self.steps]
 
     def run(self) -> None:
         """Every chunk through every step."""
@@ -190,11 +194,11 @@ class _Run:
     def _attack(self, position: int, chunk: _Chunk, x: Tensor, y: Tensor, index: Tensor) -> Any:
         """The attack's result on at least one sample; None where an oracle's budget leaves no query for it."""
         threat, stage = self.steps[position]
-        model, seed = self.plan.model, self.plan.seed
+        model, seed, precision = self.plan.model, self.plan.seed, self.plan.precision
         attack = room("attacks").load(stage.attack)(threat=threat, until="broken", **stage.params)
         hook = _Hook(self, chunk.number, position)
         if not isinstance(model, Oracle) or model.budget is None:
-            return attack.run(model, x, y, seed=seed, index=index, progress=hook)
+            return attack.run(model, x, y, seed=seed, index=index, precision=precision, progress=hook)
         share = self._share(model, position, chunk, len(x))
         if share <= len(x):  # an attack first asks for the clean points
             return None
@@ -256,14 +260,6 @@ class _Hook:
 
     def __call__(self, fraction: float) -> None:
         self.run.tell(self.number, self.position, fraction)
-
-
-def _work(stage: Stage) -> float:
-    """A stage's share of the work on a sample that survives, in model passes."""
-    passes = float(stage.params.get("queries", 3 * stage.params.get("steps", 20)))
-    for factor in ("n_targets", "restarts", "copies"):
-        passes *= stage.params.get(factor, 1)
-    return passes
 
 
 @contextmanager

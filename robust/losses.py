@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robust import cuda_ops
 from robust.errors import RobustError
 from robust.registry import Registry
 
@@ -100,6 +101,32 @@ def kl(logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tens
 def _needs(logits: Tensor, classes: int, name: str, instead: str) -> None:
     if logits.shape[1] < classes:
         raise RobustError(f"{name} needs {classes} classes, the model has {logits.shape[1]}; use {instead}")
+
+
+_CLOSED = {
+    cross_entropy: "cross-entropy",
+    margin: "margin",
+    dlr: "dlr",
+    targeted_dlr: "targeted-dlr",
+    combined_targeted: "combined-targeted",
+    kl: "kl",
+}
+
+
+def with_gradient(
+    loss: Loss, logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A loss (B,) and its gradient with respect to the logits (B, K): closed form or autograd."""
+    if loss in _CLOSED:
+        try:
+            return cuda_ops.loss_gradient(_CLOSED[loss], logits, y, targets, reference)
+        except ValueError as error:
+            raise RobustError(str(error)) from None
+    leaf = logits.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        value = loss(leaf, y, targets, reference)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), gradient
 
 
 REGISTRY = Registry(

@@ -21,9 +21,11 @@ from robust.registry import room
 from robust.rows import Source, check_samples, check_whole
 from robust.suites import Stage, stages
 from robust.threat import Threat, make_threat
+from robust.twin import check_precision, describe_twins, fast_bfloat16
 
 _CHUNK_ELEMENTS = 3 << 16
 _FIRST = 16
+_WORTH_A_TWIN = 20_000  # model passes
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Plan:
         suite: the suite's name; stages: its attacks in order.
         chunk: samples per journal group.
         first: digest of the first samples, by which a resumed run knows its data.
+        precision: what the attacks compute in: "original", "float32" or "bfloat16" (see `Attack.run`).
     """
 
     model: Classifier | Oracle
@@ -45,6 +48,7 @@ class Plan:
     seed: int
     chunk: int
     first: str
+    precision: str
 
     @property
     def radii(self) -> list[float]:
@@ -91,6 +95,7 @@ def make_plan(
     suite: str | Sequence[str],
     seed: int,
     chunk: int | None,
+    precision: str = "auto",
 ) -> Plan:
     """The plan of a run on these inputs; see `robust.evaluate` for the arguments.
 
@@ -123,7 +128,20 @@ def make_plan(
             )
     first = data_digest([sample_digest(point, int(label)) for point, label in zip(x, y, strict=True)])
     size = chunk or max(32, min(256, _CHUNK_ELEMENTS // max(x[0].numel(), 1)))
-    return Plan(model, source, threats, name, planned, seed, size, first)
+    passes = len(source) * len(threats) * sum(stage.passes() for stage in planned)
+    return Plan(model, source, threats, name, planned, seed, size, first, _resolve(model, precision, passes))
+
+
+def _resolve(model: Classifier | Oracle, precision: str, passes: float) -> str:
+    """What "auto" means for a run of so many model passes; it depends on the whole run, never on what is left of it."""
+    check_precision(precision)
+    if isinstance(model, Oracle) or model.randomised:
+        return "original"
+    if precision != "auto":
+        return precision
+    if passes < _WORTH_A_TWIN:
+        return "original"
+    return "bfloat16" if fast_bfloat16(model.device) else "float32"
 
 
 def _check_oracle(oracle: Oracle, n: int) -> None:
@@ -171,7 +189,8 @@ def environment(plan: Plan) -> dict[str, Any]:
             else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),
         },
-        "precision": "float32",
+        "precision": plan.precision,
+        "twins": describe_twins(plan.model),
         "batches": {"chunk": plan.chunk, "decision": BATCH},
         "draws": DRAWS if isinstance(plan.model, Classifier) and plan.model.randomised else 1,
         "command": sys.argv,

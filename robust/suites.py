@@ -25,6 +25,13 @@ class Stage:
     attack: str
     params: Mapping[str, Any] = field(default_factory=dict)
 
+    def passes(self) -> float:
+        """Model passes that a sample costs which survives it, about: a gradient counts as three."""
+        passes = float(self.params.get("queries", 3 * self.params.get("steps", 20)))
+        for factor in ("n_targets", "restarts", "copies"):
+            passes *= self.params.get(factor, 1)
+        return passes
+
 
 def stages(suite: str | Sequence[str], norm: str, black_box: bool = False) -> tuple[str, list[Stage]]:
     """The suite's name and its stages in order.

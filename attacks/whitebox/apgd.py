@@ -31,6 +31,8 @@ class APGDRule(Rule):
     nor the best loss changed since the last window.
     """
 
+    scouted = True
+
     def __init__(
         self, setting: Setting, steps: int, loss: Loss, copies: int = 1, reference: bool = False
     ) -> None:
@@ -110,11 +112,9 @@ class APGDRule(Rule):
 
     def _move(self, state: State, origin: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
         """z = Π(x + η d); x' = Π(x + α (z − x) + (1 − α)(x − x_before)), without the second term on the first step."""
-        ball, x, bounds = self.setting.ball(state), state["x"], self.setting.bounds
-        moved = ball.project(origin + column(size, x) * ball.steepest(gradient), x, bounds)
-        alpha = column(torch.where(state["t"] > 0, _MOMENTUM, 1.0), x)
-        mixed = origin + alpha * (moved - origin) + (1 - alpha) * (origin - state["before"])
-        return ball.project(mixed, x, bounds)
+        alpha = torch.where(state["t"] > 0, _MOMENTUM, 1.0)
+        ball = self.setting.ball(state)
+        return ball.two_terms(origin, state["before"], gradient, size, alpha, state["x"], self.setting.bounds)
 
 
 class SparseAPGDRule(APGDRule):
@@ -125,6 +125,7 @@ class SparseAPGDRule(APGDRule):
     """
 
     feasible = False
+    scouted = False
     _fractions = (0.3, 0.6)
 
     def __init__(
@@ -178,7 +179,7 @@ class SparseAPGDRule(APGDRule):
         gradient = choose(sparser, peak_gradient, answer.gradient)
         after = self._phase({**state, "t": t + 1})
         ball, x, bounds = self.setting.ball(after), state["x"], self.setting.bounds
-        moved = ball.project(origin + column(size, x) * ball.steepest(gradient, changed["keep"]), x, bounds)
+        moved = ball.step(origin, gradient, size, x, bounds, changed["keep"])
         return self._next_phase(state, after, changed, peak, peak_gradient, moved)
 
     def _next_phase(

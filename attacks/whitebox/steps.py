@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from robust.attacks.query import Answer, Query
-from robust.attacks.rule import Rule, Setting, State, choose, column
+from robust.attacks.rule import Rule, Setting, State, choose
+from robust.cuda_ops import momentum
 from robust.losses import Loss
 
 
@@ -35,6 +36,8 @@ class Schedule:
 
 class GradientSteps(Rule):
     """x ← Π(x + α · steepest(g)); the last point is checked too."""
+
+    scouted = True
 
     def __init__(self, setting: Setting, schedule: Schedule, loss: Loss, reference: bool = False) -> None:
         super().__init__(setting)
@@ -68,16 +71,14 @@ class GradientSteps(Rule):
             return changed
         direction = answer.gradient
         if self.schedule.decay:
-            size = direction.flatten(1).abs().sum(1).clamp_min(1e-30)
-            direction = self.schedule.decay * state["momentum"] + direction / column(size, direction)
+            direction = momentum(direction, state["momentum"], self.schedule.decay)
             changed["momentum"] = direction
         ball = self.setting.ball(state)
-        moved = state["at"] + self._size(state) * ball.steepest(direction)
-        moved = ball.project(moved, state["x"], self.setting.bounds)
+        moved = ball.step(state["at"], direction, self._size(state), state["x"], self.setting.bounds)
         changed["at"] = choose(t < self.schedule.steps, moved, state["at"])
         return changed
 
     def _size(self, state: State) -> Tensor:
         if self.schedule.step_size is not None:
-            return torch.full((1,), self.schedule.step_size, device=state["x"].device)
-        return self.setting.eps(state) * self.schedule.relative_step
+            return torch.full((len(state["x"]),), self.schedule.step_size, device=state["x"].device)
+        return self.setting.eps(state).flatten() * self.schedule.relative_step

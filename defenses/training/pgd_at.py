@@ -71,5 +71,6 @@ class PGDAT(Recipe):
     def loss(self, clf: Classifier, x: Tensor, y: Tensor, index: Tensor, epoch_seed: int) -> Tensor:
         """Mean cross-entropy of the batch at its adversarial points."""
         with clf.session():
-            x_adv = self.attack()(clf, x, y, seed=epoch_seed, index=index)
+            attack = self.attack()
+            x_adv = attack(clf, x, y, seed=epoch_seed, index=index, precision="original")  # the weights move
         return F.cross_entropy(clf(x_adv), y)

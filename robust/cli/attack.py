@@ -92,11 +92,13 @@ def attack_model(
     mean: options.Mean = None,
     std: options.Std = None,
     bounds: options.Bounds = "0,1",
+    precision: options.Precision = "auto",
     device: options.Device = None,
     data_root: options.DataRoot = None,
     as_json: options.Json = False,
 ) -> None:
     """Run one attack; report its success rate, the distances it needed and what it cost."""
+    options.check_precision(precision)
     kind = room("attacks").load(name)
     subject = options.make_subject(
         model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
@@ -107,7 +109,7 @@ def attack_model(
     with warnings.catch_warnings(), Meter(name, quiet=as_json) as meter:
         options.hush()
         classifier, samples = subject.load()
-        found = run(attack, classifier, samples, target=target, seed=seed, meter=meter)
+        found = run(attack, classifier, samples, target=target, seed=seed, precision=precision, meter=meter)
     summary = summarise(name, attack, found, classifier, subject)
     if out is not None:
         summary["out"] = str(out)
@@ -151,7 +153,14 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def run(
-    attack: Any, classifier: Classifier, data: Data, *, target: int | None, seed: int, meter: Meter
+    attack: Any,
+    classifier: Classifier,
+    data: Data,
+    *,
+    target: int | None,
+    seed: int,
+    precision: str,
+    meter: Meter,
 ) -> Found:
     """The attack on all samples, a chunk at a time; their places in the data key the randomness."""
     import torch
@@ -167,7 +176,7 @@ def run(
         x, y = data.batch(rows)
         index = torch.tensor(rows)
         targets = None if target is None else torch.full_like(y, _checked_target(target, classifier, x))
-        result = attack.run(classifier, x, y, targets=targets, seed=seed, index=index)
+        result = attack.run(classifier, x, y, targets=targets, seed=seed, index=index, precision=precision)
         clean = decide(classifier, x, y, targets, index=index, seed=seed)
         after = decide(classifier, result.x_adv, y, index=index, seed=seed)
         standing = [decision.prediction.cpu() == y for decision in (clean, after)]

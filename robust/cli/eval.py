@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -63,7 +63,7 @@ def evaluate_model(
     folder = out or _default_out(subject, suite, resume)
     options.check_writable(folder)
     try:
-        verdict = _evaluate(subject, suite, folder, resume=resume, quiet=as_json)
+        verdict = _evaluate(subject, suite, folder, precision, resume=resume, quiet=as_json)
     except KeyboardInterrupt:
         raise options.Interrupted(
             f"stopped; the same command with --resume --out {folder} goes on where it was"
@@ -74,7 +74,9 @@ def evaluate_model(
         _show(verdict, subject, folder)
 
 
-def _evaluate(subject: options.Subject, suite: str, folder: Path, *, resume: bool, quiet: bool) -> Verdict:
+def _evaluate(
+    subject: options.Subject, suite: str, folder: Path, precision: str, *, resume: bool, quiet: bool
+) -> Verdict:
     from robust.evaluate import evaluate
 
     with warnings.catch_warnings(), Meter("loading", quiet=quiet) as meter:
@@ -88,6 +90,7 @@ def _evaluate(subject: options.Subject, suite: str, folder: Path, *, resume: boo
             seed=subject.seed,
             out=folder,
             resume=resume,
+            precision=cast("Any", precision),
             progress=meter,
         )
 

@@ -34,6 +34,7 @@ KINDS = {
     "compression": ("federated.compression", "smaller federated updates"),
     "partitions": ("federated.partitions", "how data is spread over clients"),
     "engines": ("federated.engines", "how federated clients are run"),
+    "benchmarks": ("experiments.benchmarks", "what `robust bench` measures"),
 }
 
 Kind = Annotated[str | None, typer.Argument(metavar="KIND", help="One of " + ", ".join(KINDS) + ".")]

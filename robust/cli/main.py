@@ -27,6 +27,7 @@ COMMANDS = Registry(
         "attack": "robust.cli.attack:attack_model",
         "train": "robust.cli.train:train",
         "report": "robust.cli.report:render_report",
+        "bench": "robust.cli.bench:bench",
         "list": "robust.cli.list:list_names",
     },
 )
@@ -36,6 +37,7 @@ HELP = {
     "attack": "Run one attack and report success, distances and cost.",
     "train": "Train a model by a recipe.",
     "report": "Write a run's report again, and verify its evidence.",
+    "bench": "Measure ours against other libraries, correctness first.",
     "list": "List attacks, models, data and every other kind of thing by name.",
 }
 # Typer and click keep the base of their usage errors under different addresses; this one exists in both.
@@ -127,6 +129,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail(_OUT_OF_MEMORY, BAD_INPUT)
     except RuntimeError as error:
+        if (
+            type(error).__name__ == "BackendError"
+        ):  # of robust.cuda_ops, which is imported only where it is used
+            return _fail(str(error), BAD_INPUT)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, for an accelerator's memory
             raise
         return _fail(_OUT_OF_MEMORY, BAD_INPUT)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from robust.threat import Threat
 
 NORMS = ("linf", "l2", "l1", "l0")
-PRECISIONS = ("auto", "float32")
+PRECISIONS = ("auto", "float32", "bfloat16", "original")
 DEFAULT_MODEL = "zoo:digits"
 # The radius the papers report for the data, in the unit of [0, 1] inputs; "" stands for every other data.
 _EPS = {
@@ -108,7 +108,15 @@ DataRoot = Annotated[
     typer.Option("--data-root", metavar="DIR", help="Where named data lies.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Precision = Annotated[str, typer.Option("--precision", metavar="PRECISION", help="auto or float32.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="PRECISION",
+        help="What the attacks compute in: float32; bfloat16, which scouts before it; original: no faster twin of the "
+        "model; auto: what the run repays. The original model in float32 decides in any case.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -257,17 +265,15 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
     return tuple(number(part, option) for part in text.split(","))
 
 
+def check_precision(precision: str) -> None:
+    """Refuse an unknown precision before anything is loaded."""
+    if precision not in PRECISIONS:
+        raise ConfigError("--precision: " + unknown("precision", precision, list(PRECISIONS)))
+
+
 def usual_eps(norm: str, data: str) -> str:
     """The radius that papers report for this norm and data, as text."""
     return _EPS.get((norm, data.partition(":")[0]), _EPS[norm, ""])
-
-
-def check_precision(precision: str) -> None:
-    """Refuse a precision that this version cannot honour."""
-    if precision == "bfloat16":
-        raise ConfigError("--precision: bfloat16 scouting is not in this version yet; use auto or float32")
-    if precision not in PRECISIONS:
-        raise ConfigError("--precision: " + unknown("precision", precision, list(PRECISIONS)))
 
 
 def _find_device(device: str) -> None:

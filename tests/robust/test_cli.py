@@ -187,7 +187,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         (["eval", "zoo:digitz", "--data", "digits"], "did you mean"),
         (["eval", *SUBJECT, "--suite", "standrad"], "did you mean standard"),
         (["eval", *SUBJECT, "--suite", "pgd,foo"], "unknown attack 'foo'"),
-        (["eval", *SUBJECT, "--precision", "bfloat16"], "not in this version yet"),
+        (["attack", "pgd", *SUBJECT, "--precision", "int8"], "known are auto, bfloat16"),
         (["eval", *SUBJECT, "--precision", "float"], "did you mean float32"),
         (["eval", *SUBJECT, "--resume"], "no run"),
         (["eval", *SUBJECT, "--out", "model.py/run"], "is a file"),

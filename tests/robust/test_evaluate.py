@@ -150,7 +150,7 @@ def test_the_verdict_has_the_contracts_fields(tmp_path: Path) -> None:
     assert manifest["model"]["digest"] == clf.digest()
     assert manifest["threat"] == {"norm": "linf", "eps": [8 / 255]}
     assert [stage["attack"] for stage in manifest["suite"]["stages"]] == ["apgd-ce", "apgd-t"]
-    assert (manifest["seed"], manifest["draws"], manifest["precision"]) == (7, 1, "float32")
+    assert (manifest["seed"], manifest["draws"], manifest["precision"]) == (7, 1, "original")
     assert {"schema", "data", "versions", "device", "batches", "command", "started", "finished"} < set(
         manifest
     )
