@@ -80,6 +80,7 @@ class Attack:
         seed: int = 0,
         index: Tensor | None = None,
         precision: Precision = "auto",
+        compiled: bool | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> Result:
         """Attacks every sample and measures what came out.
@@ -94,6 +95,7 @@ class Attack:
             precision: "float32": a twin (`robust.twin`) answers in the model's place; "bfloat16": a bfloat16
                 twin scouts before it; "auto": either where the work repays it; "original": the model answers itself.
                 What counts as success is the original's word in any case.
+            compiled: whether a twin's passes are compiled; None where the work repays it.
             progress: called now and then with the fraction done.
 
         Raises:
@@ -107,7 +109,7 @@ class Attack:
         if len(x) == 0:
             return Result(x.clone(), torch.zeros(0, dtype=torch.bool), torch.zeros(0).double(), Cost())
         trial = Trial(self, model, x, y, targets=targets, seed=seed, index=index)
-        trial.hook, trial.precision = progress, precision
+        trial.hook, trial.precision, trial.compiled = progress, precision, compiled
         with trial.session():
             if trial.searching():
                 self.attack(trial)

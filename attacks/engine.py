@@ -13,23 +13,20 @@ from torch import Tensor
 from robust.attacks.query import Answer, Query
 from robust.attacks.rule import Jobs, Rule, Setting, State, choose
 from robust.attacks.trial import Trial
+from robust.classifier import Classifier
 from robust.errors import BudgetExceeded
+from robust.footprint import largest_batch, measure
 from robust.rng import JOB_BITS, identities
-from robust.twin import fast_bfloat16
+from robust.twin import fast_bfloat16, worth_compiling
 
 _REPORT_EVERY = 8
 WORTH_A_TWIN = 5_000  # steps of single rows: what making and checking a twin costs is then a few percent
 
 
-def buckets(sample: int, device: torch.device) -> list[int]:
-    """Batch sizes for samples of so many elements, the largest first.
-
-    A CPU is fastest when a batch's activations stay in its cache (16 to 64 images), a GPU when it is full.
-    """
-    if device.type == "cpu":
-        largest = 64 if sample <= 1024 else 32 if sample <= 12288 else 16
-    else:
-        largest = 1024 if sample <= 12288 else 64
+def buckets(trial: Trial) -> list[int]:
+    """Batch sizes for a trial's model and samples, the largest first, from the model's measured footprint."""
+    found = measure(trial.model, trial.x) if isinstance(trial.model, Classifier) else None
+    largest = 32 if found is None else largest_batch(found, trial.x.device)
     return sorted({largest, max(largest // 4, 4), 4}, reverse=True)
 
 
@@ -81,6 +78,17 @@ def _resolve(rule: Rule, trial: Trial, jobs: Jobs) -> str:
     return "bfloat16" if fast_bfloat16(trial.x.device) else "float32"
 
 
+def _repays(rule: Rule, trial: Trial, jobs: Jobs) -> bool:
+    """Whether the work is long enough for compiled programs, unless the trial says so itself."""
+    if trial.compiled is not None:
+        return trial.compiled
+    work = len(jobs.row) * rule.steps
+    if trial.x.device.type == "cuda":
+        return work >= WORTH_A_TWIN
+    found = measure(trial.model, trial.x) if isinstance(trial.model, Classifier) else None
+    return found is not None and worth_compiling(work * rule.passes * found.flops)
+
+
 def _scout(rule: Rule, trial: Trial, jobs: Jobs) -> Jobs:
     """Lets the bfloat16 twin search first; returns the jobs of the samples that the original says still stand.
 
@@ -113,10 +121,10 @@ class _Engine:
 
     def __init__(self, rule: Rule, trial: Trial, jobs: Jobs, limit: int | None = None) -> None:
         self.rule, self.trial, self.jobs, self.limit = rule, trial, jobs, limit
-        self.scouting = False
+        self.scouting, self.compiling = False, trial.twin is not None and _repays(rule, trial, jobs)
         self.next = 0
         self.state: State = {}
-        self.sizes = buckets(trial.x[0].numel(), trial.x.device)
+        self.sizes = buckets(trial)
         self.active = torch.zeros(0, dtype=torch.bool)
         self.finished_jobs = 0
 
@@ -125,6 +133,8 @@ class _Engine:
         turn = 0
         while self._fill():
             query = self.rule.query(self.state)
+            if self.compiling and len(self.active) == self.sizes[0]:
+                self.trial.prepare(query, self.state)
             answer = self.trial.answer(query, self.state, self.active)
             self._track(query, answer, turn)
             self.state.update(self.rule.step(self.state, answer))
@@ -232,7 +242,8 @@ class _Engine:
             state["first"] = torch.where(state["first"].isnan(), score, state["first"])
         better = self._better(hit, sure, score) & inside
         if trial.twin is not None and trial.until != "strongest":
-            hit, sure = trial.confirm(better & hit, state["row"], query.x, hit, sure)
+            claims = better & hit & self.active.to(better.device)  # what pads the batch claims nothing
+            hit, sure = trial.confirm(claims, state["row"], query.x, hit, sure)
             better = self._better(hit, sure, score) & inside
         if bool(better.any()):
             state["best"] = choose(better, query.x.detach(), state["best"])

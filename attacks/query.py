@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from robust.classifier import Classifier
 from robust.errors import RobustError
-from robust.losses import Loss, with_gradient
+from robust.losses import Loss, combined_targeted, with_gradient
 from robust.oracle import Oracle
 from robust.twin import Twin
 
@@ -70,6 +71,39 @@ def ask(
     return _gradient(model, query, rows), 0
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's or the machine's memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def split(
+    query: Query, rows: dict[str, Tensor], active: Tensor | None, size: int
+) -> Iterator[tuple[Query, dict[str, Tensor], Tensor | None]]:
+    """The same question about parts of at most `size` points, with their rows."""
+    for start in range(0, len(query.x), size):
+        part = slice(start, start + size)
+        against = None if query.against is None else query.against[part]
+        yield (
+            replace(query, x=query.x[part], against=against),
+            {name: value[part] for name, value in rows.items()},
+            None if active is None else active[part],
+        )
+
+
+def join(parts: Sequence[Answer]) -> Answer:
+    """The answers to parts as the answer to the whole."""
+
+    def whole(values: list[Tensor | None]) -> Tensor | None:
+        held = [value for value in values if value is not None]
+        return torch.cat(held) if held else None
+
+    return Answer(
+        torch.cat([part.scores for part in parts]),
+        whole([part.loss for part in parts]),
+        whole([part.gradient for part in parts]),
+    )
+
+
 def _ask_oracle(
     oracle: Oracle, query: Query, rows: dict[str, Tensor], active: Tensor | None
 ) -> tuple[Answer, int]:
@@ -103,6 +137,8 @@ def _aimed(rows: dict[str, Tensor]) -> Tensor | None:
 
 def _gradient(model: Classifier | Twin, query: Query, rows: dict[str, Tensor]) -> Answer:
     """Average of scores, loss and input gradient over the copies; rows that are not finite get a zero gradient."""
+    if isinstance(model, Twin) and (quick := _by_program(model, query, rows)) is not None:
+        return quick
     sums: list[Tensor] = []
     for _ in range(query.copies):
         x = query.x.detach().requires_grad_(True)
@@ -119,7 +155,40 @@ def _gradient(model: Classifier | Twin, query: Query, rows: dict[str, Tensor]) -
             parts = [detached, *_differences(logits, x, query.against, rows["y"])]
         sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
     scores, value, gradient = (part / query.copies for part in sums)
-    return Answer(scores, value, gradient.nan_to_num(0.0, 0.0, 0.0))
+    return Answer(scores, value, gradient.contiguous().nan_to_num(0.0, 0.0, 0.0))
+
+
+def _asked(query: Query, rows: dict[str, Tensor]) -> tuple[Loss | None, dict[str, Tensor | None]] | None:
+    """A query as a program's loss and arguments; None where no program answers such a query."""
+    if query.want in ("logits", "labels"):
+        return None, {}
+    if query.copies != 1 or (query.against is not None and query.against.shape[1] != 1):
+        return None
+    loss, aimed = query.loss, _aimed(rows)
+    if query.against is not None:
+        loss, aimed = combined_targeted, query.against[:, 0]  # z_target − z_y
+    return loss, {"y": rows["y"], "targets": aimed, "reference": rows.get("reference")}
+
+
+def prepare(twin: Twin, query: Query, rows: dict[str, Tensor]) -> bool:
+    """Compiles what a query like this asks of a twin; whether that went well."""
+    asked = _asked(query, rows)
+    return asked is not None and twin.compile(asked[0], query.x, **asked[1])
+
+
+def _by_program(twin: Twin, query: Query, rows: dict[str, Tensor]) -> Answer | None:
+    """The answer of a compiled program, where the twin has one for this question."""
+    asked = _asked(query, rows)
+    if asked is None or asked[0] is None:
+        return None
+    found = twin.gradient(asked[0], query.x, **asked[1])
+    if found is None:
+        return None
+    scores, value, gradient = found
+    gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+    if query.against is not None:
+        return Answer(scores, value[:, None], gradient[:, None])
+    return Answer(scores, value, gradient)
 
 
 def _differences(logits: Tensor, x: Tensor, against: Tensor, y: Tensor) -> list[Tensor]:

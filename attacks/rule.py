@@ -70,12 +70,14 @@ class Rule:
         steps: steps of one job, for progress.
         loss: what it maximises, where it maximises one.
         needs_reference: whether its loss compares with the clean points' logits.
+        passes: model passes of a step, about: a gradient counts as three.
         scouted: whether a twin in bfloat16 may run it first: it climbs a loss, and small errors do not mislead it.
     """
 
     feasible = True
     scouted = False
     steps = 1
+    passes = 3
     loss: Loss | None = None
     needs_reference = False
 

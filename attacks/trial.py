@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from robust.attacks.query import Answer, Query, ask
+from robust.attacks.query import Answer, Query, ask, join, out_of_memory, prepare, split
 from robust.classifier import FLOAT_NOISE, Classifier, clear, misclassified
 from robust.decide import decide
 from robust.oracle import Oracle
@@ -62,6 +62,8 @@ class Trial:
         self._clean: Tensor | None = None
         self.precision = "original"
         self.twin: Twin | None = None  # answers in the model's place
+        self.compiled: bool | None = None  # whether its answers are compiled; None where the work repays it
+        self.most = 1 << 30  # points at once; less after memory ran out
 
     def use_twin(self, dtype: torch.dtype) -> bool:
         """Has a twin in this arithmetic answer from now on; False, and the original does, where there is none."""
@@ -98,9 +100,27 @@ class Trial:
         self, query: Query, rows: dict[str, Tensor] | None = None, active: Tensor | None = None
     ) -> Answer:
         """The subject's answer, counted; see `query.ask`."""
-        answer, asked = ask(self.twin or self.model, query, rows or {}, active)
-        self.queries += asked
-        return answer
+        if len(query.x) <= self.most:
+            try:
+                answer, asked = ask(self.twin or self.model, query, rows or {}, active)
+            except RuntimeError as error:
+                if len(query.x) == 1 or not out_of_memory(error):
+                    raise
+                self.most = (len(query.x) + 1) // 2
+            else:
+                self.queries += asked
+                return answer
+        if self.x.device.type == "cuda":
+            torch.cuda.empty_cache()
+        parts = [
+            self.answer(*part) for part in split(query, rows or {}, active, min(self.most, len(query.x)))
+        ]
+        return join(parts)
+
+    def prepare(self, query: Query, rows: dict[str, Tensor]) -> None:
+        """Has the twin compile what a query like this asks, if it has not yet."""
+        if self.twin is not None:
+            prepare(self.twin, query, rows)
 
     def searching(self) -> bool:
         """Takes the clean points as the first offer; whether any sample still needs work."""
@@ -200,7 +220,7 @@ class Trial:
             attack, self.model, self.x[rows], self.y[rows], targets=picked, seed=self.seed, index=index
         )
         other._clean = self.clean[rows]
-        other.hook, other.precision, other.twin = self.hook, self.precision, self.twin
+        other.hook, other.precision, other.compiled = self.hook, self.precision, self.compiled
         return other
 
     def absorb(self, rows: Tensor, other: Trial) -> None:

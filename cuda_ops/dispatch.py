@@ -7,7 +7,6 @@ On a CPU the meaning itself runs, so that `torch.compile` sees plain PyTorch; a 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from typing import Literal
@@ -22,10 +21,12 @@ class BackendError(RuntimeError):
     """The implementation that was asked for cannot run here."""
 
 
-@functools.cache
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether the package triton is there; it is not imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def interpreted() -> bool:

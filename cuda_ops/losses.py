@@ -13,6 +13,7 @@ from robust.cuda_ops.reference.losses import loss_gradient as plain
 DEFAULT: Backend = "triton"
 
 
+@torch.no_grad()
 def loss_gradient(
     name: str, logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 In all of them `at`, `origin`, `before`, `gradient` and `x` are float32 of one shape (B, …), `size`, `eps` and `alpha`
 float32 (B,), `low` and `high` the model's box. A NaN in the gradient counts as 0; in l2 an infinite entry does too.
-The points must be finite and below 1e9, as `robust.threat` hands them over. Other dtypes run the reference.
+The points must be finite and below 1e9, as `robust.threat` hands them over. Other dtypes run the reference. All
+return new tensors, through which no gradient flows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def _plain(x: Tensor) -> bool:
     return x.dtype != torch.float32 or backend(x, DEFAULT) == "reference"
 
 
+@torch.no_grad()
 def step_linf(
     at: Tensor,
     gradient: Tensor,
@@ -50,6 +52,7 @@ def step_linf(
     return found
 
 
+@torch.no_grad()
 def step_l2(
     at: Tensor,
     gradient: Tensor,
@@ -72,6 +75,7 @@ def step_l2(
     return found
 
 
+@torch.no_grad()
 def step_l1(
     at: Tensor,
     gradient: Tensor,
@@ -97,6 +101,7 @@ def step_l1(
     return found
 
 
+@torch.no_grad()
 def momentum(gradient: Tensor, velocity: Tensor, decay: float) -> Tensor:
     """decay · velocity + gradient / ‖gradient‖₁ per row (MI-FGSM, Dong et al. 2018, arXiv:1710.06081).
 
@@ -113,6 +118,7 @@ def momentum(gradient: Tensor, velocity: Tensor, decay: float) -> Tensor:
     return found
 
 
+@torch.no_grad()
 def apgd_linf(
     origin: Tensor,
     before: Tensor,
@@ -140,6 +146,7 @@ def apgd_linf(
     return found
 
 
+@torch.no_grad()
 def apgd_l2(
     origin: Tensor,
     before: Tensor,
@@ -158,6 +165,7 @@ def apgd_l2(
     return found
 
 
+@torch.no_grad()
 def apgd_l1(
     origin: Tensor,
     before: Tensor,

@@ -72,6 +72,7 @@ class Classifier:
         self.randomised = False
         self.warnings: list[str] = []
         self.twins: dict[str, Any] = {}  # what robust.twin keeps between runs
+        self.footprint: Any = None  # likewise robust.footprint
 
     def _statistics(self, values: float | Sequence[float] | None, default: float) -> Tensor:
         numbers = torch.as_tensor(default if values is None else values, dtype=torch.float32).reshape(

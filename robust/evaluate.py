@@ -194,11 +194,12 @@ class _Run:
     def _attack(self, position: int, chunk: _Chunk, x: Tensor, y: Tensor, index: Tensor) -> Any:
         """The attack's result on at least one sample; None where an oracle's budget leaves no query for it."""
         threat, stage = self.steps[position]
-        model, seed, precision = self.plan.model, self.plan.seed, self.plan.precision
+        model, seed = self.plan.model, self.plan.seed
         attack = room("attacks").load(stage.attack)(threat=threat, until="broken", **stage.params)
         hook = _Hook(self, chunk.number, position)
         if not isinstance(model, Oracle) or model.budget is None:
-            return attack.run(model, x, y, seed=seed, index=index, precision=precision, progress=hook)
+            how = {"precision": self.plan.precision, "compiled": self.plan.compiled}
+            return attack.run(model, x, y, seed=seed, index=index, progress=hook, **how)
         share = self._share(model, position, chunk, len(x))
         if share <= len(x):  # an attack first asks for the clean points
             return None

@@ -20,6 +20,8 @@ from robust.classifier import FLOAT_NOISE, Classifier, RobustWarning
 from robust.cost import Cost
 from robust.errors import RobustError, first_line
 from robust.folding import fold
+from robust.losses import Loss
+from robust.programs import Program
 from robust.registry import unknown
 
 Precision = Literal["auto", "float32", "bfloat16", "original"]
@@ -28,6 +30,8 @@ _PROBE = 16
 # Largest difference of logits and smallest cosine of gradients: float32 twins differ by rounding,
 # bfloat16 has 8 bits, of which a deep network may lose some. Ties of a pooling layer may send a gradient elsewhere.
 _LIMITS = {torch.float32: (1e-4, 0.9), torch.bfloat16: (0.15, 0.7)}
+
+_WORTH_COMPILING = 3e13  # operations: about five minutes of a core
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Twin:
 
     Attributes:
         dtype: its arithmetic. folded: normalisations folded. channels_last: its memory format.
-        compiled: whether torch.compile made it. agreement: set by the check against the original.
+        agreement: set by the check against the original.
+        programs: compiled graphs by loss, shape of x and names of the other arguments; None where that failed.
     """
 
     def __init__(
@@ -68,9 +73,8 @@ class Twin:
         if channels_last:
             module = module.to(memory_format=torch.channels_last)
         self.module: nn.Module = module
-        self.run: Any = module
-        self.compiled = False
         self.agreement: Agreement | None = None
+        self.programs: dict[tuple[Any, ...], Program | None] = {}
 
     @property
     def cost(self) -> Cost:
@@ -85,21 +89,51 @@ class Twin:
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (N, classes) in float32 of x (N, C, H, W) in the box; gradients flow to x."""
         self.cost.forwards += len(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         z = self.original.normalise(x).to(self.dtype)
         if self.channels_last and z.dim() == 4:
             z = z.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.run(z)
+        logits: Tensor = self.module(z)
         return logits.float()
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits without a graph."""
-        with torch.no_grad():
-            return self(x)
+        program = self.programs.get((None, tuple(x.shape), ()))
+        if program is None:
+            with torch.no_grad():
+                return self(x)
+        self.cost.forwards += len(x)
+        return program(x=x)[0]
 
-    def compile(self) -> None:
-        """Has torch.compile make a kernel per batch shape from now on; inductor keeps its results between runs."""
-        self.run = torch.compile(self.module, dynamic=False)
-        self.compiled = True
+    def gradient(self, loss: Loss, x: Tensor, **rest: Tensor | None) -> tuple[Tensor, ...] | None:
+        """Logits (B, K), loss (B,) and its input gradient by a compiled program; None where there is none."""
+        given = {name: value for name, value in rest.items() if value is not None}
+        program = self.programs.get((loss, tuple(x.shape), tuple(given)))
+        if program is None:
+            return None
+        self.cost.forwards += len(x)
+        return program(x=x, **given)
+
+    def compile(self, loss: Loss | None, x: Tensor, **rest: Tensor | None) -> bool:
+        """Makes the program for these arguments' shapes, once; False where that fails, with a warning.
+
+        Args:
+            loss: what `gradient` will be asked for; None for `logits`.
+            x: (B, C, H, W) points of the box; rest: the loss's y, targets and reference.
+        """
+        given = {name: value for name, value in rest.items() if value is not None}
+        key = (loss, tuple(x.shape), tuple(given))
+        if key not in self.programs:
+            self.programs[key] = None
+            try:
+                self.programs[key] = Program(
+                    self._forward, loss, {"x": x, **given}, self.dtype != torch.float32
+                )
+            except Exception as error:  # noqa: BLE001  a compiler may fail in any way
+                _warn(self.original, f"the twin could not be compiled ({first_line(error)}); it runs eager")
+        return self.programs[key] is not None
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -107,7 +141,7 @@ class Twin:
             "dtype": str(self.dtype).removeprefix("torch."),
             "folded": self.folded,
             "channels_last": self.channels_last,
-            "compiled": self.compiled,
+            "programs": sum(program is not None for program in self.programs.values()),
             "agreement": None if self.agreement is None else asdict(self.agreement),
         }
 
@@ -216,6 +250,11 @@ def fast_bfloat16(device: torch.device) -> bool:
         return False
     told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+
+
+def worth_compiling(flops: float) -> bool:
+    """Whether work of so many operations on a CPU repays some seconds of compiling per program, 20 the first time."""
+    return flops > _WORTH_COMPILING
 
 
 def describe_twins(model: object) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ class SquareRule(Rule):
     ) -> None:
         super().__init__(setting)
         self.steps, self.p_init = queries, p_init
+        self.passes = 1
         self.rescale = 10_000 / queries if rescale else 1.0
         self.channels, self.height, self.width = shape
         self.loss = get_loss("margin")

@@ -90,6 +90,7 @@ def test_a_wheel_holds_every_module_once_and_all_data(wheel: Path) -> None:
     data = ["robust/py.typed"]
     data += [str(path.relative_to(ROOT)) for path in (ROOT / "robust/zoo/weights").glob("*.safetensors")]
     data += [str(path.relative_to(ROOT)) for path in (ROOT / "robust/templates").rglob("*") if path.is_file()]
+    data += [f"robust/{path.relative_to(ROOT)}" for path in (ROOT / "cuda_ops/csrc").glob("*.cu*")]
     for kind in ("toml", "json", "md"):
         data += [f"robust/{path.relative_to(ROOT)}" for path in (ROOT / "experiments").rglob(f"*.{kind}")]
     assert held == sorted(expected | set(data))

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from robust import Classifier, Linf, evaluate, load_model, twin
+from robust import Classifier, Linf, evaluate, load_model, losses, programs, twin
 from robust.attacks import get
 from robust.classifier import RobustWarning
 from robust.errors import RobustError
@@ -174,7 +174,7 @@ def test_twin_that_cannot_be_copied_is_given_up_with_a_warning() -> None:
 def test_model_that_masks_its_gradient_has_no_twin_with_another() -> None:
     clf = Classifier(seasoned(Small()))
     other = Twin(clf)
-    other.run = lambda z: other.module(z.detach()) + 0 * z.sum()
+    other.module.forward = lambda z, honest=other.module.forward: honest(z.detach()) + 0 * z.sum()
     assert compare(clf, other, POINTS).gradients == 0.0
 
 
@@ -227,6 +227,76 @@ def test_strongest_attack_in_bfloat16_loses_nothing_that_float32_finds() -> None
     assert 0 < int(plain.success.sum()) < len(x)
     assert int((plain.success & ~fast.success).sum()) <= 1
     assert bool((clf.logits(fast.x_adv).argmax(1) != y).eq(fast.success).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cross-entropy", "targeted-dlr", "kl", None])
+def test_compiled_program_is_the_same_function(name: str | None, dtype: torch.dtype) -> None:
+    clf = Classifier(seasoned(Small()), mean=0.5, std=0.25)
+    made = make_twin(clf, POINTS, dtype)
+    assert made is not None
+    rows: dict[str, Tensor] = {}
+    loss = None if name is None else losses.get(name)
+    if loss is not None:
+        rows["y"] = clf.logits(POINTS).argmax(1)
+        if name == "targeted-dlr":
+            rows["targets"] = (rows["y"] + 1) % 10
+        if name == "kl":
+            rows["reference"] = clf.logits(POINTS)
+    moved = POINTS.flip(0)  # far from where the reference is taken
+    assert loss is None or made.gradient(loss, moved, **rows) is None, "nothing is compiled unasked"
+    plain = made.logits(moved)
+    assert made.compile(loss, POINTS, **rows)
+    before = clf.cost.forwards
+    if loss is None:
+        assert torch.allclose(made.logits(moved), plain, rtol=1e-4, atol=0.1 if dtype.itemsize == 2 else 1e-5)
+    else:
+        found = made.gradient(loss, moved, **rows)
+        assert found is not None
+        x = moved.clone().requires_grad_(True)
+        logits = made(x)
+        value, upstream = losses.with_gradient(loss, logits.detach(), **rows)
+        logits.backward(upstream)
+        for ours, theirs in zip(found, (logits.detach(), value, x.grad), strict=True):
+            scale = float(theirs.abs().max())
+            assert float((ours - theirs).abs().max()) <= scale * (0.1 if dtype.itemsize == 2 else 1e-4)
+        assert found[2].stride() == moved.stride()
+    assert clf.cost.forwards > before
+    assert sum(part["programs"] for part in twin.describe_twins(clf)) == 1
+
+
+def test_program_that_disagrees_or_fails_leaves_the_twin_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    clf = Classifier(seasoned(Small()))
+    y = clf.logits(POINTS).argmax(1)
+    made = make_twin(clf, POINTS)
+    assert made is not None
+    monkeypatch.setattr(
+        programs, "_compiled", lambda graph: lambda *given: [2 * out for out in graph(*given)]
+    )
+    with pytest.warns(RobustWarning, match="could not be compiled .*off by"):
+        assert not made.compile(losses.cross_entropy, POINTS, y=y)
+    assert made.gradient(losses.cross_entropy, POINTS, y=y) is None
+
+    def broken(graph: object) -> None:
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(programs, "_compiled", broken)
+    with pytest.warns(RobustWarning, match="no compiler here"):
+        assert not made.compile(None, POINTS)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd-t", "fab-t", "square"])
+def test_compiled_attack_finds_what_the_plain_one_finds(name: str) -> None:
+    clf = load_model("zoo:digits")
+    x, y = _digits(80)
+    fields = {"queries": 60} if name == "square" else {"steps": 8}
+    attack = get(name)(threat=Linf(0.08), until="broken", **fields)
+    plain = attack.run(clf, x, y, precision="original")
+    fast = attack.run(clf, x, y, precision="float32", compiled=True)
+    assert sum(part["programs"] for part in twin.describe_twins(clf)) >= 1
+    assert int((fast.success != plain.success).sum()) <= 2
+    claimed = len(x)  # the original looks at what the twin found
+    assert abs(fast.cost.forwards - plain.cost.forwards) <= 0.1 * plain.cost.forwards + claimed
 
 
 def test_unknown_precision_is_one_line() -> None:

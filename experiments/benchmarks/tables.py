@@ -1,0 +1,95 @@
+"""The README's tables, made from the records: ``python -m robust.experiments.benchmarks.tables [--write]``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from robust.digest import read_json, write_atomic
+from robust.errors import RobustError, RunError
+from robust.experiments.benchmarks import REGISTRY
+from robust.experiments.benchmarks.harness import RESULTS, SCHEMA
+
+README = RESULTS.parent / "README.md"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def read_records(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """The records in a folder by their stems, sorted.
+
+    Raises:
+        RunError: a file is no record of this version.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        record = read_json(path)
+        if record.get("schema") != SCHEMA or record.get("benchmark") not in REGISTRY:
+            raise RunError(f"{path} is no record of a benchmark of this version")
+        found[path.stem] = record
+    return found
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """What was measured, where and at which commit, in a line."""
+    settings, device = record["settings"], record["device"]
+    parts = [str(settings[key]) for key in ("model", "data") if settings.get(key)]
+    samples = record.get("model", {}).get("n")
+    parts += [f"{samples:,} samples", f"linf {255 * settings['eps']:.3g}/255"] if samples else []
+    threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
+    parts += [device["name"] if device["type"] != "cpu" else f"{device['name']}, {threads}"]
+    parts += [f"torch {record['versions']['torch']}", record["commit"], record["date"][:10]]
+    return ", ".join(parts)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as GitHub shows it."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def section(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The tables of all benchmarks, those without a record included."""
+    blocks = []
+    for name in REGISTRY:
+        benchmark = REGISTRY.load(name)()
+        own = {stem: record for stem, record in records.items() if record["benchmark"] == name}
+        blocks.append(f"### {name}")
+        if not own:
+            blocks.append("no record yet")
+        for stem, record in own.items():
+            blocks += [f"`{stem}`: {title(record)}", markdown(*benchmark.table(record))]
+            blocks += [f"- {line}" for line in record.get("skipped", {}).values()]
+    return "\n\n".join(blocks)
+
+
+def fill(text: str, tables: str) -> str:
+    """The README's text with new tables between its marks."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise RunError(f"the README lacks the marks {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n\n{tables}\n\n{END}{tail}"
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the tables; with ``--write`` they replace those of the README."""
+    if arguments not in ([], ["--write"]):
+        print("usage: python -m robust.experiments.benchmarks.tables [--write]", file=sys.stderr)
+        return 2
+    try:
+        tables = section(read_records())
+        if arguments:
+            write_atomic(README, fill(README.read_text(encoding="utf-8"), tables).encode())
+        else:
+            print(tables)
+    except RobustError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

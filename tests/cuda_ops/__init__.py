@@ -1,0 +1,1 @@
+"""Tests of the fused operations: their meaning, and that the kernels mean the same."""
