@@ -229,9 +229,13 @@ class _Engine:
     def _track(self, query: Query, answer: Answer, turn: int) -> None:
         """Keeps each row's best queried point: a clear hit before a marginal one before none, then the score."""
         trial, state = self.trial, self.state
+        if answer.gradient is not None:
+            self._watch(answer.gradient, turn)
         hit, sure = trial.judge(state["row"], query.x, answer.scores)
         inside = torch.ones_like(hit)
         if not self.rule.feasible:
+            if self.rule.loss is None and not bool(hit.any()):
+                return  # a rule without a loss has nothing to keep but hits
             inside = self.rule.setting.ball(state).inside(query.x, state["x"], trial.bounds)
             hit, sure = hit & inside, sure & inside
         if trial.until == "smallest":
@@ -249,8 +253,6 @@ class _Engine:
             state["best"] = choose(better, query.x.detach(), state["best"])
             for name, value in (("hit", hit), ("sure", sure), ("score", score)):
                 state[name] = torch.where(better, value, state[name])
-        if answer.gradient is not None:
-            self._watch(answer.gradient, turn)
         if trial.until == "broken":
             self._retire(state["sure"].cpu() & self.active)
 

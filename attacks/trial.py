@@ -158,6 +158,8 @@ class Trial:
         """Whether points are misclassified, and clearly so; a randomised model is asked for its majority."""
         targets = None if self.targets is None else self.targets[rows]
         hit = misclassified(scores, self.y[rows], targets)
+        if not bool(hit.any()):
+            return hit, hit
         noise = FLOAT_NOISE if self.twin is None else self.twin.noise
         sure = hit & clear(scores, self.y[rows], targets, noise)
         if isinstance(self.model, Classifier) and self.model.randomised and bool(hit.any()):

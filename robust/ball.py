@@ -100,6 +100,10 @@ class Threat:
         """(N,) float64 distances in this norm."""
         return self._length((x_adv.double() - x.double()).flatten(1))
 
+    def length(self, delta: Tensor) -> Tensor:
+        """(N,) lengths of displacements in this norm, to the precision of their dtype."""
+        return self._length(delta.flatten(1))
+
     def inside(self, x_adv: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
         """(N,) bool: within eps + SLACK in float64, inside the box, and finite."""
         flat = x_adv.flatten(1)

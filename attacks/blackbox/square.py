@@ -21,6 +21,7 @@ from robust.rng import Draws
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _CHUNK = 64  # steps whose draws are made at once
+_IDLE = 8  # a proposal that changes nothing needs no answer: where 1 row in so many has one, they try the next
 
 
 def area_fraction(step: Tensor, p_init: float, rescale: float) -> Tensor:
@@ -42,6 +43,12 @@ class SquareRule(Rule):
         self.rescale = 10_000 / queries if rescale else 1.0
         self.channels, self.height, self.width = shape
         self.loss = get_loss("margin")
+        area = area_fraction(torch.arange(queries + 2), p_init, self.rescale) * self.height * self.width
+        self.sides = self._sides(area.sqrt().round().long()).to(torch.long)
+
+    def _sides(self, wished: Tensor) -> Tensor:
+        """(S,) side of the square at each step, from the square root of its area."""
+        return wished.clamp(1, min(self.height, self.width))
 
     def numbers(self) -> int:
         """Random words a step takes: two corners and a sign per channel."""
@@ -81,12 +88,17 @@ class SquareRule(Rule):
             "kept_loss": torch.where(better, answer.loss, state["kept_loss"]),
             "t": state["t"] + 1,
         }
-        new = {**state, **changed}
-        if bool((new["t"] - state["drawn"] >= _CHUNK).any()):
-            changed["drawn"], changed["words"] = new["t"], self._draw(state, new["t"])
-            new.update(changed)
-        changed["at"] = self._inside(self.propose(new), state)
-        return changed
+        new = self._proposed({**state, **changed})
+        same = (new["at"] == changed["kept"]).flatten(1).all(1) & (new["t"] < self.steps)
+        if int(same.sum()) * _IDLE > len(same):
+            new = self._proposed(new | {"t": new["t"] + same})
+        return changed | {name: new[name] for name in ("at", "t", "drawn", "words")}
+
+    def _proposed(self, state: State) -> State:
+        """The state with the proposal of each row's step, and fresh words where they have run out."""
+        if bool((state["t"] - state["drawn"] >= _CHUNK).any()):
+            state |= {"drawn": state["t"], "words": self._draw(state, state["t"])}
+        return state | {"at": self._inside(self.propose(state), state)}
 
     def words(self, state: State) -> Tensor:
         """(B, numbers) words of each row's step."""
@@ -94,9 +106,9 @@ class SquareRule(Rule):
         return state["words"].gather(1, offset)[:, 0]
 
     def side(self, state: State) -> Tensor:
-        """(B,) side of each row's square, from the area fraction."""
-        area = area_fraction(state["t"], self.p_init, self.rescale) * self.height * self.width
-        return area.sqrt().round().long().clamp(1, min(self.height, self.width))
+        """(B,) side of each row's square."""
+        self.sides = self.sides.to(state["t"].device)
+        return self.sides[state["t"].clamp_max(self.steps)]  # rows that pad the batch run on
 
     def corner(self, words: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) top and left of a square, uniform over the places where it fits."""
@@ -109,12 +121,14 @@ class SquareRule(Rule):
         words, side = self.words(state), self.side(state)
         top, left = self.corner(words, side)
         signs = (words[:, 2:] >> 31).float().mul(2).sub(1)[:, :, None, None]
-        rows = torch.arange(self.height, device=top.device)[None]
-        cols = torch.arange(self.width, device=top.device)[None]
-        in_rows = (rows >= top[:, None]) & (rows < (top + side)[:, None])
-        in_cols = (cols >= left[:, None]) & (cols < (left + side)[:, None])
-        mask = (in_rows[:, None, :, None] & in_cols[:, None, None, :]).float()
-        return state["kept"] + mask * signs * (2 * self.setting.eps(state))
+        move = signs * (2 * self.setting.eps(state)) * _covered(top, side, self.height)[:, None, :, None]
+        return torch.addcmul(state["kept"], move, _covered(left, side, self.width)[:, None, None, :])
+
+
+def _covered(first: Tensor, side: Tensor, length: int) -> Tensor:
+    """(B, length) 1 on the lines first … first + side − 1, else 0."""
+    lines = torch.arange(length, device=first.device)[None] - first[:, None]
+    return ((lines >= 0) & (lines < side[:, None])).float()
 
 
 class BumpSquareRule(SquareRule):
@@ -127,8 +141,8 @@ class BumpSquareRule(SquareRule):
     def __init__(
         self, setting: Setting, queries: int, p_init: float, rescale: bool, shape: tuple[int, ...]
     ) -> None:
-        super().__init__(setting, queries, p_init, rescale, shape)
         self.power = 2 if setting.threat.norm == "l2" else 1
+        super().__init__(setting, queries, p_init, rescale, shape)
         self.table = bump_table(self._largest(), self.power)
 
     def _largest(self) -> int:
@@ -162,10 +176,9 @@ class BumpSquareRule(SquareRule):
         length = self._length(delta, (1, 2, 3)).clamp_min(1e-12)
         return self._inside(x + delta / length * self.setting.eps(state), state)
 
-    def side(self, state: State) -> Tensor:
+    def _sides(self, wished: Tensor) -> Tensor:
         """Odd sides of at least 3 pixels, where the image has them."""
-        area = area_fraction(state["t"], self.p_init, self.rescale) * self.height * self.width
-        return (area.sqrt().round().long().clamp_min(3) | 1).clamp_max(self._largest())
+        return (wished.clamp_min(3) | 1).clamp_max(self._largest())
 
     def propose(self, state: State) -> Tensor:
         """One exchange of mass between two windows."""

@@ -46,7 +46,6 @@ class FABRule(Rule):
             half = ball.with_eps(ball.eps / 2)
             begin = half.random(x, self.setting.bounds, self.setting.draws(state, "fab"))
             own["at"] = choose(again, begin, x)
-        own["nearest"] = torch.full((len(x),), torch.inf, device=x.device)
         own["backed"] = torch.zeros_like(state["hit"])
         return own
 
@@ -66,17 +65,12 @@ class FABRule(Rule):
         """Back towards the clean point where the iterate is adversarial, else over the nearest boundary."""
         t, at, x = state["t"], state["at"], state["x"]
         hit = misclassified(answer.scores, state["y"], state["target"] if self.setting.targeted else None)
-        distance = self.setting.threat.distance(at, x).float()
-        closer = hit & (distance < state["nearest"])
-        changed: State = {"nearest": torch.where(closer, distance, state["nearest"])}
         if answer.gradient is None:
-            return {**changed, "t": t + 1}
+            return {"t": t + 1}
         back = hit & ~state["backed"] & (t > 0)
         retreat = x + (at - x) * self.beta
-        changed["at"] = choose(back, retreat, self._over(state, answer))
-        changed["backed"] = back
-        changed["t"] = torch.where(back, t, t + 1)
-        return changed
+        over = choose(back, retreat, self._over(state, answer))
+        return {"at": over, "backed": back, "t": torch.where(back, t, t + 1)}
 
     def _over(self, state: State, answer: Answer) -> Tensor:
         """The biased, overshot projection on the nearest linearised boundary."""
@@ -89,11 +83,10 @@ class FABRule(Rule):
         to_clean = offset + (normal * (at - x)).flatten(1).sum(1)
         from_at = ball.to_hyperplane(at, normal, offset, bounds)
         from_x = ball.to_hyperplane(x, normal, to_clean, bounds)
-        near = ball.distance(at + from_at, at).float().clamp_min(1e-8)
-        far = ball.distance(x + from_x, x).float().clamp_min(1e-8)
+        near, far = (ball.length(part).float().clamp_min(1e-8) for part in (from_at, from_x))
         alpha = column((near / (near + far)).clamp(0, self.alpha_max), x)
-        mixed = (1 - alpha) * (at + self.eta * from_at) + alpha * (x + self.eta * from_x)
-        return mixed.clamp(*bounds)
+        mixed = torch.lerp(at.add(from_at, alpha=self.eta), x.add(from_x, alpha=self.eta), alpha)
+        return mixed.clamp_(*bounds)
 
     def _nearest(self, values: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Normal and value of the class whose linearised boundary is nearest in the threat's norm."""
