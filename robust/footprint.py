@@ -14,7 +14,9 @@ from robust.classifier import Classifier
 from robust.cost import Cost
 from robust.rng import seeded
 
-_CACHES = 8  # a batch's largest activation may fill so many second-level caches: it then stays in the third level
+_CACHES = (
+    8  # a batch's largest activation may fill so many second-level caches: it then stays in the third level
+)
 _LEAST, _MOST = 8, 64
 _SHARE = 0.4  # of the free memory of a GPU
 _KEPT = 3  # how often an activation is held: for the backward pass, its gradient, and a copy under way
