@@ -6,7 +6,8 @@ are turned once, when the program is built, so that forward and backward cost th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Program:
         function = _function(forward, loss, self.names)
         expected = function(*example)
         graph = make_fx(function, decomposition_table=_DECOMPOSED)(*example)
-        with torch.no_grad():
+        with torch.no_grad(), _frozen():
             self._run = _captured(graph, example) if self.device.type == "cuda" else _compiled(graph)
             found = self._run(*example)
         for ours, theirs in zip(found, expected, strict=True):
@@ -81,9 +82,18 @@ def _function(forward: Forward, loss: Loss | None, names: list[str]) -> Callable
 
 
 def _compiled(graph: Any) -> Callable[..., Any]:
-    """By inductor, with the weights as constants that it may lay out anew; its cache keeps the result between runs."""
-    program: Callable[..., Any] = torch.compile(graph, dynamic=False, options={"freezing": True})
+    """By inductor on the first call; its cache keeps the result between runs."""
+    program: Callable[..., Any] = torch.compile(graph, dynamic=False)
     return program
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Weights are constants while open, which the compiler turns and lays out once, and may merge into kernels."""
+    from torch._inductor import config  # slow to import, and only compiling needs it
+
+    with config.patch(freezing=True):
+        yield
 
 
 def _captured(graph: Any, example: list[Tensor]) -> Callable[..., Any]:

@@ -132,21 +132,26 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a model and its data."""
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--mean", type=_numbers)
+    parser.add_argument("--std", type=_numbers)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
-    parser.add_argument("data")
+    add_subject(parser)
     parser.add_argument("eps", type=float)
     parser.add_argument("out", type=Path)
     parser.add_argument("--n", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--mean", type=_numbers)
-    parser.add_argument("--std", type=_numbers)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     run(parser.parse_args())
 
