@@ -34,7 +34,7 @@ def alone(
     clf: Classifier, x: Tensor, y: Tensor, rows: list[int], eps: float, precision: Any
 ) -> dict[str, dict[str, Any]]:
     """What each component of the suite breaks of the samples `rows` of x (N, C, H, W), with its process seconds."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     index = torch.tensor(rows, dtype=torch.long)
     for name in PARTS:
         begun = time.process_time()
