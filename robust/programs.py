@@ -6,6 +6,7 @@ are turned once, when the program is built, so that forward and backward cost th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,8 +93,15 @@ def _frozen() -> Iterator[None]:
     """Weights are constants while open, which the compiler turns and lays out once, and may merge into kernels."""
     from torch._inductor import config  # slow to import, and only compiling needs it
 
-    with config.patch(freezing=True):
-        yield
+    # It remarks on every machine without a GPU that there is none.
+    remarks = logging.getLogger("torch.utils.cpp_extension")
+    level = remarks.level
+    remarks.setLevel(logging.ERROR)
+    try:
+        with config.patch(freezing=True):
+            yield
+    finally:
+        remarks.setLevel(level)
 
 
 def _captured(graph: Any, example: list[Tensor]) -> Callable[..., Any]:
