@@ -78,11 +78,10 @@ def _resolve(rule: Rule, trial: Trial, jobs: Jobs) -> str:
     return "bfloat16" if fast_bfloat16(trial.x.device) else "float32"
 
 
-def _repays(rule: Rule, trial: Trial, jobs: Jobs) -> bool:
-    """Whether the work is long enough for compiled programs, unless the trial says so itself."""
+def _repays(rule: Rule, trial: Trial, work: int) -> bool:
+    """Whether so many steps of rows are long enough for compiled programs, unless the trial says so itself."""
     if trial.compiled is not None:
         return trial.compiled
-    work = len(jobs.row) * rule.steps
     if trial.x.device.type == "cuda":
         return work >= WORTH_A_TWIN
     found = measure(trial.model, trial.x) if isinstance(trial.model, Classifier) else None
@@ -121,7 +120,9 @@ class _Engine:
 
     def __init__(self, rule: Rule, trial: Trial, jobs: Jobs, limit: int | None = None) -> None:
         self.rule, self.trial, self.jobs, self.limit = rule, trial, jobs, limit
-        self.scouting, self.compiling = False, trial.twin is not None and _repays(rule, trial, jobs)
+        self.scouting = False
+        if trial.twin is not None:
+            trial.twin.compiling = _repays(rule, trial, len(jobs.row) * (limit or rule.steps))
         self.next = 0
         self.state: State = {}
         self.sizes = buckets(trial)
@@ -133,7 +134,7 @@ class _Engine:
         turn = 0
         while self._fill():
             query = self.rule.query(self.state)
-            if self.compiling and len(self.active) == self.sizes[0]:
+            if len(self.active) == self.sizes[0]:
                 self.trial.prepare(query, self.state)
             answer = self.trial.answer(query, self.state, self.active)
             self._track(query, answer, turn)

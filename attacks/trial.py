@@ -118,8 +118,8 @@ class Trial:
         return join(parts)
 
     def prepare(self, query: Query, rows: dict[str, Tensor]) -> None:
-        """Has the twin compile what a query like this asks, if it has not yet."""
-        if self.twin is not None:
+        """Has the twin compile what a query like this asks, if it should and has not yet."""
+        if self.twin is not None and self.twin.compiling:
             prepare(self.twin, query, rows)
 
     def searching(self) -> bool:

@@ -198,8 +198,8 @@ class _Run:
         attack = room("attacks").load(stage.attack)(threat=threat, until="broken", **stage.params)
         hook = _Hook(self, chunk.number, position)
         if not isinstance(model, Oracle) or model.budget is None:
-            how = {"precision": self.plan.precision, "compiled": self.plan.compiled}
-            return attack.run(model, x, y, seed=seed, index=index, progress=hook, **how)
+            precision = self.plan.precision
+            return attack.run(model, x, y, seed=seed, index=index, precision=precision, progress=hook)
         share = self._share(model, position, chunk, len(x))
         if share <= len(x):  # an attack first asks for the clean points
             return None

@@ -10,20 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from robust import __version__
 from robust.classifier import Classifier
 from robust.decide import BATCH, DRAWS
 from robust.digest import data_digest, model_digest, sample_digest
 from robust.errors import DataError, RobustError, ThreatError
-from robust.footprint import measure
 from robust.oracle import Oracle
 from robust.registry import room
 from robust.rows import Source, check_samples, check_whole
 from robust.suites import Stage, stages
 from robust.threat import Threat, make_threat
-from robust.twin import check_precision, describe_twins, fast_bfloat16, worth_compiling
+from robust.twin import check_precision, describe_twins, fast_bfloat16
 
 _CHUNK_ELEMENTS = 3 << 16
 _FIRST = 16
@@ -40,7 +38,6 @@ class Plan:
         chunk: samples per journal group.
         first: digest of the first samples, by which a resumed run knows its data.
         precision: what the attacks compute in: "original", "float32" or "bfloat16" (see `Attack.run`).
-        compiled: whether the twin's passes are compiled.
     """
 
     model: Classifier | Oracle
@@ -52,7 +49,6 @@ class Plan:
     chunk: int
     first: str
     precision: str
-    compiled: bool
 
     @property
     def radii(self) -> list[float]:
@@ -133,17 +129,7 @@ def make_plan(
     first = data_digest([sample_digest(point, int(label)) for point, label in zip(x, y, strict=True)])
     size = chunk or max(32, min(256, _CHUNK_ELEMENTS // max(x[0].numel(), 1)))
     passes = len(source) * len(threats) * sum(stage.passes() for stage in planned)
-    resolved = _resolve(model, precision, passes)
-    compiled = resolved != "original" and _repays(model, x, passes)
-    return Plan(model, source, threats, name, planned, seed, size, first, resolved, compiled)
-
-
-def _repays(model: Classifier | Oracle, x: Tensor, passes: float) -> bool:
-    """Whether a run of so many passes is long enough for compiled programs."""
-    if model.device.type == "cuda":
-        return True
-    found = measure(model, x) if isinstance(model, Classifier) else None
-    return found is not None and worth_compiling(passes * found.flops)
+    return Plan(model, source, threats, name, planned, seed, size, first, _resolve(model, precision, passes))
 
 
 def _resolve(model: Classifier | Oracle, precision: str, passes: float) -> str:

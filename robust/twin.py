@@ -31,7 +31,7 @@ _PROBE = 16
 # bfloat16 has 8 bits, of which a deep network may lose some. Ties of a pooling layer may send a gradient elsewhere.
 _LIMITS = {torch.float32: (1e-4, 0.9), torch.bfloat16: (0.15, 0.7)}
 
-_WORTH_COMPILING = 3e13  # operations: about five minutes of a core
+_WORTH_COMPILING = 1e13  # operations: about two minutes of a core
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Twin:
         dtype: its arithmetic. folded: normalisations folded. channels_last: its memory format.
         agreement: set by the check against the original.
         programs: compiled graphs by loss, shape of x and names of the other arguments; None where that failed.
+        compiling: whether they answer; set for each piece of work, whichever programs earlier work has left.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Twin:
         self.module: nn.Module = module
         self.agreement: Agreement | None = None
         self.programs: dict[tuple[Any, ...], Program | None] = {}
+        self.compiling = False
 
     @property
     def cost(self) -> Cost:
@@ -101,7 +103,7 @@ class Twin:
     def logits(self, x: Tensor) -> Tensor:
         """Logits without a graph."""
         program = self.programs.get((None, tuple(x.shape), ()))
-        if program is None:
+        if program is None or not self.compiling:
             with torch.no_grad():
                 return self(x)
         self.cost.forwards += len(x)
@@ -111,7 +113,7 @@ class Twin:
         """Logits (B, K), loss (B,) and its input gradient by a compiled program; None where there is none."""
         given = {name: value for name, value in rest.items() if value is not None}
         program = self.programs.get((loss, tuple(x.shape), tuple(given)))
-        if program is None:
+        if program is None or not self.compiling:
             return None
         self.cost.forwards += len(x)
         return program(x=x, **given)
@@ -138,7 +140,6 @@ class Twin:
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""
         return {
-            "dtype": str(self.dtype).removeprefix("torch."),
             "folded": self.folded,
             "channels_last": self.channels_last,
             "programs": sum(program is not None for program in self.programs.values()),
@@ -257,10 +258,10 @@ def worth_compiling(flops: float) -> bool:
     return flops > _WORTH_COMPILING
 
 
-def describe_twins(model: object) -> list[dict[str, Any]]:
-    """What the twins are that a model's attacks asked, for a manifest."""
-    kept = model.twins.values() if isinstance(model, Classifier) else ()
-    return [twin.describe() for _, twin in kept if twin is not None]
+def describe_twins(model: object) -> dict[str, dict[str, Any]]:
+    """What the twins are that a model's attacks asked, by their arithmetic, for a manifest."""
+    kept = model.twins.items() if isinstance(model, Classifier) else ()
+    return {name.removeprefix("torch."): twin.describe() for name, (_, twin) in kept if twin is not None}
 
 
 def check_precision(precision: str) -> None:

@@ -78,8 +78,8 @@ class Queries(Benchmark):
             asked |= {one.name: calls * width for one in (bare, oracle, *squares)}
         timings, order = alternate(entries, work.repeats, clf.device, work.say)
         for name, timing in timings.items():
-            timing["answers"] = asked[name]
-            timing["per_second"] = asked[name] / statistics.median(timing["seconds"])
+            timing["answers"] = timing.get("queries", asked[name])
+            timing["per_second"] = timing["answers"] / statistics.median(timing["seconds"])
         strength, skipped = self._strength(work, clf, plain, x, y, modes)
         return {
             "model": {"name": clf.name, "digest": clf.digest(), "n": len(x), "shape": list(x.shape[1:])},
@@ -180,7 +180,7 @@ def _square(
     def check(result: Result) -> dict[str, Any]:
         if bool((~Linf(work.eps).inside(result.x_adv, x, clf.bounds)).any()):
             raise WrongResult("points of our Square lie outside the ball")
-        if result.cost.queries < calls * width:
+        if not 0.9 * calls * width <= result.cost.queries <= calls * width:  # idle proposals ask nothing
             raise WrongResult(f"Square asked {result.cost.queries} of {calls * width} queries")
         return {"queries": result.cost.queries}
 

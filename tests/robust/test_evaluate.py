@@ -233,7 +233,7 @@ def test_the_cost_is_the_sum_of_the_stages_and_what_the_module_was_asked() -> No
     verdict = evaluate(clf, x, y, threat=Linf(1e-4), suite=["fgsm", "pgd"])
     for name in COUNTS:
         assert verdict.cost[name] == sum(stage["cost"][name] for stage in verdict.manifest["stages"])
-    self_check = 2 * 4
+    self_check = 2 * 4 + 1  # two looks at its first points, and the measure of its footprint
     one_is_wrong = 3  # and is not attacked: its three batch mates are padded with one of them
     passes = {"fgsm": 1, "pgd": 20}
     clean, check = (
