@@ -241,7 +241,7 @@ def test_queries_counts_what_it_asks_at_every_width() -> None:
     bench = queries.Queries(widths=(1, 2), answers=4, queries=3, libraries={})
     record = copied(bench.record(work(modes=("original",))))
     for width in (1, 2):
-        assert record["contestants"][f"square original, {width} wide"]["answers"] == 4
+        assert record["contestants"][f"square original, {width} wide"]["answers"] == 4 + width
         assert record["ratios"][f"oracle, {width} wide"]["against"] == f"bare module, {width} wide"
     assert all(one["per_second"] > 0 for one in record["contestants"].values())
     assert set(record["strength"]["robust_accuracy"]) == {"original"}
