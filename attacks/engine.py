@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from robust.attacks.query import Answer, Query
-from robust.attacks.rule import Jobs, Rule, Setting, State, choose
+from robust.attacks.rule import Jobs, Rule, Setting, choose
+from robust.attacks.seats import Seats
 from robust.attacks.trial import Trial
 from robust.classifier import Classifier
 from robust.errors import BudgetExceeded
 from robust.footprint import largest_batch, measure
-from robust.rng import JOB_BITS, identities
+from robust.rng import JOB_BITS
 from robust.twin import fast_bfloat16, worth_compiling
 
+POLL = {"cpu": 1, "cuda": 8}  # turns between two looks at a device's flags
 _REPORT_EVERY = 8
+_WATCH_EVERY = 10
 WORTH_A_TWIN = 5_000  # steps of single rows: what making and checking a twin costs is then a few percent
 
 
@@ -116,126 +119,73 @@ def _offer_clean(rule: Rule, trial: Trial, jobs: Jobs) -> None:
 
 
 class _Engine:
-    """One run of a rule over a queue."""
+    """One run of a rule over a queue.
+
+    On a GPU nothing waits for the device between looks at its flags, `POLL` turns apart or when a row's steps are over.
+    """
 
     def __init__(self, rule: Rule, trial: Trial, jobs: Jobs, limit: int | None = None) -> None:
-        self.rule, self.trial, self.jobs, self.limit = rule, trial, jobs, limit
+        self.rule, self.trial = rule, trial
+        self.limit = rule.steps if limit is None else min(limit, rule.steps)
         self.scouting = False
         if trial.twin is not None:
-            trial.twin.compiling = _repays(rule, trial, len(jobs.row) * (limit or rule.steps))
-        self.next = 0
-        self.state: State = {}
-        self.sizes = buckets(trial)
-        self.active = torch.zeros(0, dtype=torch.bool)
-        self.finished_jobs = 0
+            trial.twin.compiling = _repays(rule, trial, len(jobs.row) * self.limit)
+        self.seats = Seats(rule, trial, jobs, buckets(trial))
+        smallest = trial.until == "smallest"  # each hit counts there, and is confirmed before the next
+        self.poll = 1 if smallest else POLL.get(trial.x.device.type, 1)
 
     def run(self) -> None:
         """Until no job is left."""
-        turn = 0
-        while self._fill():
-            query = self.rule.query(self.state)
-            if len(self.active) == self.sizes[0]:
-                self.trial.prepare(query, self.state)
-            answer = self.trial.answer(query, self.state, self.active)
+        turn, seats = 0, self.seats
+        while seats.fill():
+            self.rule.clock = seats.clock if self.rule.steady else None
+            query = self.rule.query(seats.state)
+            if len(seats) and len(seats.active) == seats.sizes[0]:
+                self.trial.prepare(query, seats.state)
+            answer = self.trial.answer(query, seats.state, seats.active)
             self._track(query, answer, turn)
-            self.state.update(self.rule.step(self.state, answer))
-            self._retire(self._done().cpu() & self.active)
-            if turn % _REPORT_EVERY == 0:
-                self._report()
+            seats.state.update(self.rule.step(seats.state, answer))
+            seats.clock += 1
             turn += 1
-
-    def _done(self) -> Tensor:
-        done = self.rule.done(self.state)
-        return done if self.limit is None else done | (self.state["t"] >= self.limit)
+            self._look(turn)
+            if turn % _REPORT_EVERY == 1:
+                self._report()
 
     def flush(self) -> None:
         """Hands over what the rows have, when the run ends early."""
-        self._retire(self.active.clone())
+        self._retire(self.seats.active.clone())
 
-    # -- rows ---------------------------------------------------------------------------------------------------
-
-    def _rows(self, rows: Tensor, jobs: Jobs) -> State:
-        trial = self.trial
-        index = trial.index.to(trial.x.device)[rows]
-        state = {
-            "row": rows,
-            "x": trial.x[rows],
-            "y": trial.y[rows],
-            "target": jobs.target,
-            "identity": identities(index, jobs.number),
-            "hit": torch.zeros(len(rows), dtype=torch.bool, device=rows.device),
-            "sure": torch.zeros(len(rows), dtype=torch.bool, device=rows.device),
-            "score": torch.full((len(rows),), -torch.inf, device=rows.device),
-            "best": trial.x[rows],
-            "first": torch.full((len(rows),), torch.nan, device=rows.device),
-        }
-        eps = trial.threat.take(rows).eps
-        if isinstance(eps, Tensor) and eps.dim():
-            state["eps"] = eps.to(trial.x)
-        if self.rule.needs_reference:
-            state["reference"] = trial.clean[rows]
-        return state
-
-    def _fill(self) -> bool:
-        """Gives free slots new jobs, shrinks the batch when the queue is empty; whether any row is active."""
-        busy = int(self.active.sum())
-        free = (self.sizes[0] if not self.state else len(self.active)) - busy
-        taken = self._take(free) if free else []
-        if not busy and not taken:
-            return False
-        if taken:
-            self._seat(torch.tensor(taken, device=self.jobs.row.device), busy)
-        elif self.next >= len(self.jobs.row):
-            self._shrink(busy)
-        return True
-
-    def _take(self, count: int) -> list[int]:
-        """The next jobs whose samples still need work."""
-        finished = self.trial.finished()
-        taken: list[int] = []
-        while self.next < len(self.jobs.row) and len(taken) < count:
-            if not bool(finished[self.jobs.row[self.next]]):
-                taken.append(self.next)
-            else:
-                self.finished_jobs += 1
-            self.next += 1
-        return taken
-
-    def _seat(self, taken: Tensor, busy: int) -> None:
-        jobs = self.jobs.take(taken)
-        new = self._rows(jobs.row, jobs)
-        new.update(self.rule.start(new))
-        if not self.state:
-            size = next(size for size in reversed(self.sizes) if size >= len(taken))
-            order = torch.arange(size, device=taken.device).clamp_max(len(taken) - 1)
-            self.state = {name: value[order].clone() for name, value in new.items()}
-            self.active = torch.arange(size) < len(taken)
+    def _look(self, turn: int) -> None:
+        """Ends the rows that are done or, where that is enough, broken; between polls only those whose time is up."""
+        seats, due = self.seats, turn % self.poll == 0
+        over = torch.zeros_like(seats.active)
+        if self.rule.steady:
+            over = seats.clock >= self.limit
+        elif due:
+            over = self._done().cpu()
+        over = over & seats.active
+        if not due and not bool(over.any()):
             return
-        slots = (~self.active).nonzero()[: len(taken), 0]
-        for name, value in new.items():
-            self.state[name][slots.to(value.device)] = value
-        self.active[slots] = True
+        if self.poll > 1:
+            self._confirm_best()
+        if self.trial.until == "broken":
+            over |= seats.state["sure"].cpu() & seats.active
+        self._retire(over)
 
-    def _shrink(self, busy: int) -> None:
-        """Moves the last rows into the smallest batch that holds them."""
-        size = next((size for size in reversed(self.sizes) if size >= busy), self.sizes[0])
-        if size >= len(self.active):
-            return
-        order = torch.argsort(~self.active, stable=True)[:size]
-        self.state = {name: value[order.to(value.device)] for name, value in self.state.items()}
-        self.active = self.active[order]
+    def _done(self) -> Tensor:
+        return self.rule.done(self.seats.state) | (self.seats.state["t"] >= self.limit)
 
     # -- outcomes -----------------------------------------------------------------------------------------------
 
     def _track(self, query: Query, answer: Answer, turn: int) -> None:
         """Keeps each row's best queried point: a clear hit before a marginal one before none, then the score."""
-        trial, state = self.trial, self.state
+        trial, state, waits = self.trial, self.seats.state, self.poll == 1
         if answer.gradient is not None:
             self._watch(answer.gradient, turn)
-        hit, sure = trial.judge(state["row"], query.x, answer.scores)
+        hit, sure = trial.judge(state["row"], query.x, answer.scores, waits)
         inside = torch.ones_like(hit)
         if not self.rule.feasible:
-            if self.rule.loss is None and not bool(hit.any()):
+            if self.rule.loss is None and waits and not bool(hit.any()):
                 return  # a rule without a loss has nothing to keep but hits
             inside = self.rule.setting.ball(state).inside(query.x, state["x"], trial.bounds)
             hit, sure = hit & inside, sure & inside
@@ -245,49 +195,55 @@ class _Engine:
             loss = answer.loss if answer.loss is not None else hit.float()
             score = loss if loss.dim() == 1 else loss.amax(1)
             state["first"] = torch.where(state["first"].isnan(), score, state["first"])
+        if not waits and not self.rule.steady:
+            inside = inside & ~self._done()  # between polls rows run on when they are done
         better = self._better(hit, sure, score) & inside
-        if trial.twin is not None and trial.until != "strongest":
-            claims = better & hit & self.active.to(better.device)  # what pads the batch claims nothing
+        if waits and trial.twin is not None and trial.until != "strongest":
+            claims = better & hit & self.seats.active.to(better.device)  # what pads the batch claims nothing
             hit, sure = trial.confirm(claims, state["row"], query.x, hit, sure)
             better = self._better(hit, sure, score) & inside
-        if bool(better.any()):
+        if not waits or bool(better.any()):
             state["best"] = choose(better, query.x.detach(), state["best"])
             for name, value in (("hit", hit), ("sure", sure), ("score", score)):
                 state[name] = torch.where(better, value, state[name])
-        if trial.until == "broken":
-            self._retire(state["sure"].cpu() & self.active)
+
+    def _confirm_best(self) -> None:
+        """Asks the original about the twin's claims since the last look; what it denies is forgotten."""
+        trial, state = self.trial, self.seats.state
+        if trial.twin is None or trial.until == "strongest":
+            return
+        claims = state["hit"] & self.seats.active.to(state["hit"].device)
+        hit, sure = trial.confirm(claims, state["row"], state["best"], state["hit"], state["sure"])
+        state["score"] = torch.where(claims & ~hit, -torch.inf, state["score"])
+        state["hit"], state["sure"] = hit, sure
 
     def _better(self, hit: Tensor, sure: Tensor, score: Tensor) -> Tensor:
         """(B,) rows whose point now beats their best one; in "smallest" only what is hit counts."""
-        state = self.state
+        state = self.seats.state
         rank, before = hit.int() + sure.int(), state["hit"].int() + state["sure"].int()
         better = (rank > before) | ((rank == before) & (score > state["score"]))
         return better & hit if self.trial.until == "smallest" else better
 
     def _watch(self, gradient: Tensor, turn: int) -> None:
         """Counts rows without any gradient, now and then: a sign of masking."""
-        if turn % 10 == 0:
+        if turn % _WATCH_EVERY == 0:
             zero = (gradient.flatten(1) == 0).all(1).cpu()
-            self.trial.note("gradients", int(self.active.sum()))
-            self.trial.note("zero_gradients", int((zero & self.active).sum()))
+            self.trial.note("gradients", int(self.seats.active.sum()))
+            self.trial.note("zero_gradients", int((zero & self.seats.active).sum()))
 
     def _retire(self, over: Tensor) -> None:
         """Ends rows that are over, and the other jobs of samples that need none any more."""
         if not bool(over.any()):
             return
-        state = self.state
+        state = self.seats.state
         rows = over.nonzero()[:, 0].to(state["x"].device)
         self.trial.offer(*(state[name][rows] for name in ("row", "best", "hit", "sure", "score")))
         self._sum_up(rows)
-        self.active &= ~over
-        self.finished_jobs += len(rows)
-        cancelled = self.trial.finished()[state["row"]].cpu() & self.active
-        self.finished_jobs += int(cancelled.sum())
-        self.active &= ~cancelled
+        self.seats.leave(over)
 
     def _sum_up(self, rows: Tensor) -> None:
         """Counts of finished searches that failed: did the loss rise, and how much of eps did the best point use."""
-        trial, state = self.trial, self.state
+        trial, state = self.trial, self.seats.state
         rows = rows[~state["hit"][rows]]
         if trial.until == "smallest" or self.rule.loss is None or self.scouting or not len(rows):
             return
@@ -300,10 +256,6 @@ class _Engine:
             trial.note("budget_used", float((used / eps).sum()))
 
     def _report(self) -> None:
-        total = max(len(self.jobs.row), 1)
-        under_way = (
-            float(self.state["t"].float()[self.active.to(self.state["t"].device)].sum())
-            if self.state
-            else 0.0
-        )
-        self.trial.progress(min(1.0, (self.finished_jobs + under_way / max(self.rule.steps, 1)) / total))
+        seats = self.seats
+        under_way = float(seats.clock[seats.active].clamp_max(self.limit).sum()) / max(self.limit, 1)
+        self.trial.progress(min(1.0, (seats.finished + under_way) / max(len(seats), 1)))

@@ -53,7 +53,7 @@ def ask(
     """Answers a query and says how many black-box queries it took.
 
     Args:
-        rows: the engine's row state: `y` (B,), `target` (B,) (-1 for none), `reference` (B, K) where losses need it.
+        rows: the engine's row state: `y` (B,), `target` (B,) where jobs aim, `reference` (B, K) where losses need it.
         active: (B,) bool; padding rows are computed (a fixed shape) but not counted, and never sent to an oracle.
     """
     if isinstance(model, Oracle):
@@ -126,13 +126,7 @@ def _ask_oracle(
 def _loss(loss: Loss | None, scores: Tensor, rows: dict[str, Tensor]) -> Tensor | None:
     if loss is None:
         return None
-    return loss(scores, rows["y"], _aimed(rows), rows.get("reference"))
-
-
-def _aimed(rows: dict[str, Tensor]) -> Tensor | None:
-    """The rows' target classes, None where they have none."""
-    target = rows.get("target")
-    return target if target is not None and bool((target >= 0).all()) else None
+    return loss(scores, rows["y"], rows.get("target"), rows.get("reference"))
 
 
 def _gradient(model: Classifier | Twin, query: Query, rows: dict[str, Tensor]) -> Answer:
@@ -147,7 +141,7 @@ def _gradient(model: Classifier | Twin, query: Query, rows: dict[str, Tensor]) -
         if query.against is None:
             assert query.loss is not None
             value, upstream = with_gradient(
-                query.loss, detached, rows["y"], _aimed(rows), rows.get("reference")
+                query.loss, detached, rows["y"], rows.get("target"), rows.get("reference")
             )
             (gradient,) = torch.autograd.grad((logits * upstream).sum(), x)
             parts = [detached, value, gradient]
@@ -164,7 +158,7 @@ def _asked(query: Query, rows: dict[str, Tensor]) -> tuple[Loss | None, dict[str
         return None, {}
     if query.copies != 1 or (query.against is not None and query.against.shape[1] != 1):
         return None
-    loss, aimed = query.loss, _aimed(rows)
+    loss, aimed = query.loss, rows.get("target")
     if query.against is not None:
         loss, aimed = combined_targeted, query.against[:, 0]  # z_target − z_y
     return loss, {"y": rows["y"], "targets": aimed, "reference": rows.get("reference")}

@@ -62,8 +62,8 @@ class Setting:
 class Rule:
     """One algorithm. State is a dict of tensors whose first dimension is the row.
 
-    The engine fills in `x`, `y`, `target`, `identity` (and `eps` where it is one per sample); a rule adds its own
-    entries in `start` and reads its own step counter `t`, so that rows may be at different steps.
+    The engine fills in `x`, `y`, `identity` (`target` where jobs aim, `eps` where it is one per sample); a rule adds
+    its own entries in `start` and reads its own step counter `t`, so that rows may be at different steps.
 
     Attributes:
         feasible: whether every point it queries lies inside the threat.
@@ -71,6 +71,8 @@ class Rule:
         loss: what it maximises, where it maximises one.
         needs_reference: whether its loss compares with the clean points' logits.
         passes: model passes of a step, about: a gradient counts as three.
+        steady: whether every row's `t` grows by one with every step.
+        clock: (B,) on the CPU: a steady rule's `t`, without asking the device for it; None where there is none.
         scouted: whether a twin in bfloat16 may run it first: it climbs a loss, and small errors do not mislead it.
     """
 
@@ -78,6 +80,8 @@ class Rule:
     scouted = False
     steps = 1
     passes = 3
+    steady = False
+    clock: Tensor | None = None
     loss: Loss | None = None
     needs_reference = False
 
@@ -95,6 +99,11 @@ class Rule:
     def step(self, state: State, answer: Answer) -> State:
         """Entries that change with the answer."""
         raise TypeError(f"{type(self).__name__} takes no step")
+
+    def ending(self, state: State) -> bool:
+        """Whether every row has only its last point to check; False where only a GPU could tell."""
+        clock = state["t"] if self.clock is None else self.clock
+        return clock.device.type == "cpu" and bool((clock >= self.steps - 1).all())
 
     def done(self, state: State) -> Tensor:
         """(B,) bool: rows that are finished."""

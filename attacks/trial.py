@@ -56,6 +56,7 @@ class Trial:
         self.hit = torch.zeros(len(x), dtype=torch.bool, device=device)
         self.sure = torch.zeros_like(self.hit)
         self.score = torch.full((len(x),), -torch.inf, device=device)
+        self.told = torch.zeros_like(self.hit)  # the original itself has called `best` misclassified, clearly
         self.queries = 0
         self.notes: dict[str, float] = {}
         self.hook: Hook | None = None
@@ -129,6 +130,7 @@ class Trial:
         hit = misclassified(self.clean, self.y, self.targets)
         self.hit = hit
         self.sure = hit & clear(self.clean, self.y, self.targets)
+        self.told = self.sure.clone()
         self.score = torch.where(hit, 0.0, -torch.inf)
         return not bool(self.finished().all())
 
@@ -147,18 +149,31 @@ class Trial:
             rows: (M,) positions, repeats allowed; points: (M, …) inside the threat.
             hit, sure: (M,) bool misclassified, and clearly so; score: (M,) larger is better.
         """
-        for m in range(len(rows)):
-            row = rows[m]
-            ours = (bool(hit[m]), bool(sure[m]), float(score[m]))
-            if ours > (bool(self.hit[row]), bool(self.sure[row]), float(self.score[row])):
-                self.best[row] = points[m]
-                self.hit[row], self.sure[row], self.score[row] = hit[m], sure[m], score[m]
+        held: dict[int, list[int]] = {}
+        for m, row in enumerate(rows.tolist()):
+            held.setdefault(row, []).append(m)
+        ours = list(zip(hit.tolist(), sure.tolist(), score.tolist(), strict=True))
+        known = (part[rows].tolist() for part in (self.hit, self.sure, self.score))
+        theirs = list(zip(*known, strict=True))
+        winners = [max(members, key=ours.__getitem__) for members in held.values()]
+        better = torch.tensor(
+            [m for m in winners if ours[m] > theirs[m]], device=rows.device, dtype=torch.long
+        )
+        places = rows[better]
+        self.best[places] = points[better]
+        self.hit[places], self.sure[places], self.score[places] = hit[better], sure[better], score[better]
+        self.told[places] = sure[better] & (self.until == "broken")
 
-    def judge(self, rows: Tensor, points: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether points are misclassified, and clearly so; a randomised model is asked for its majority."""
+    def judge(
+        self, rows: Tensor, points: Tensor, scores: Tensor, waits: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Whether points are misclassified, and clearly so; a randomised model is asked for its majority.
+
+        `waits` is whether the host may look at the device's numbers to spare work.
+        """
         targets = None if self.targets is None else self.targets[rows]
         hit = misclassified(scores, self.y[rows], targets)
-        if not bool(hit.any()):
+        if waits and not bool(hit.any()):
             return hit, hit
         noise = FLOAT_NOISE if self.twin is None else self.twin.noise
         sure = hit & clear(scores, self.y[rows], targets, noise)
@@ -192,19 +207,26 @@ class Trial:
         rows = torch.arange(len(self.x), device=self.x.device)
         found = self.hit.clone()
         self.hit, self.sure = self.confirm(found, rows, self.best, self.hit, self.sure)
-        denied = found & ~self.hit
+        denied, self.told = found & ~self.hit, found & self.sure
         self.score = torch.where(denied, -torch.inf, self.score)
         self.best = torch.where(denied.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.best)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """The best points and whether the original model, asked once more, misclassifies them."""
+        """The best points and whether the original model misclassifies them.
+
+        It is asked once more, except where it has told so already.
+        """
         if self.until == "strongest":
             self._recall_clean()
         if isinstance(self.model, Oracle):
             return self.best, self.hit
-        index = self.index.to(self.x.device)
-        verdict = decide(self.model, self.best, self.y, self.targets, index, self.seed)
-        success = verdict.hit & self.threat.inside(self.best, self.x, self.bounds)
+        rest = (~self.told).nonzero()[:, 0]
+        index = self.index.to(self.x.device)[rest]
+        targets = targets_of(self.targets, rest)
+        verdict = decide(self.model, self.best[rest], self.y[rest], targets, index, self.seed)
+        hit = self.told.clone()
+        hit[rest] = verdict.hit
+        success = hit & self.threat.inside(self.best, self.x, self.bounds)
         lost = ~success if self.until == "smallest" else torch.zeros_like(success)
         best = torch.where(lost.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.best)
         return best, success

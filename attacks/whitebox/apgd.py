@@ -31,7 +31,7 @@ class APGDRule(Rule):
     nor the best loss changed since the last window.
     """
 
-    scouted = True
+    scouted = steady = True
 
     def __init__(
         self, setting: Setting, steps: int, loss: Loss, copies: int = 1, reference: bool = False
@@ -65,8 +65,7 @@ class APGDRule(Rule):
 
     def query(self, state: State) -> Query:
         """Gradients, except where every row only checks its last point."""
-        last = bool((state["t"] >= self.gradients).all())
-        return Query(state["at"], "logits" if last else "loss_grad", self.copies, self.loss)
+        return Query(state["at"], "logits" if self.ending(state) else "loss_grad", self.copies, self.loss)
 
     def step(self, state: State, answer: Answer) -> State:
         """Bookkeeping of the best point, the checkpoint where one is due, and the two-term step."""

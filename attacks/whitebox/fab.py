@@ -51,12 +51,12 @@ class FABRule(Rule):
 
     def query(self, state: State) -> Query:
         """Differences of logits and their gradients, against the target or against every other class."""
-        if bool((state["t"] >= self.gradients).all()):
+        if self.ending(state):
             return Query(state["at"], "logits")
         return Query(state["at"], "difference_grad", against=self._against(state))
 
     def _against(self, state: State) -> Tensor:
-        if bool((state["target"] >= 0).all()):
+        if "target" in state:
             return state["target"][:, None]
         others = torch.arange(self.setting.classes - 1, device=state["y"].device).expand(len(state["y"]), -1)
         return others + (others >= state["y"][:, None])

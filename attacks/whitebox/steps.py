@@ -37,7 +37,7 @@ class Schedule:
 class GradientSteps(Rule):
     """x ← Π(x + α · steepest(g)); the last point is checked too."""
 
-    scouted = True
+    scouted = steady = True
 
     def __init__(self, setting: Setting, schedule: Schedule, loss: Loss, reference: bool = False) -> None:
         super().__init__(setting)
@@ -60,8 +60,9 @@ class GradientSteps(Rule):
 
     def query(self, state: State) -> Query:
         """Gradients, except where every row only checks its last point."""
-        last = bool((state["t"] >= self.schedule.steps).all())
-        return Query(state["at"], "logits" if last else "loss_grad", self.schedule.copies, self.loss)
+        return Query(
+            state["at"], "logits" if self.ending(state) else "loss_grad", self.schedule.copies, self.loss
+        )
 
     def step(self, state: State, answer: Answer) -> State:
         """One projected step of the rows that have steps left."""
