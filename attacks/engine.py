@@ -88,7 +88,7 @@ def _repays(rule: Rule, trial: Trial, work: int) -> bool:
     if trial.x.device.type == "cuda":
         return work >= WORTH_A_TWIN
     found = measure(trial.model, trial.x) if isinstance(trial.model, Classifier) else None
-    return found is not None and worth_compiling(work * rule.passes * found.flops)
+    return found is not None and worth_compiling(work * rule.passes * found.flops, rule.passes > 1)
 
 
 def _scout(rule: Rule, trial: Trial, jobs: Jobs) -> Jobs:

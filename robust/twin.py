@@ -253,9 +253,9 @@ def fast_bfloat16(device: torch.device) -> bool:
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
-def worth_compiling(flops: float) -> bool:
-    """Whether work of so many operations on a CPU repays some seconds of compiling per program, 20 the first time."""
-    return flops > _WORTH_COMPILING
+def worth_compiling(flops: float, gradients: bool = True) -> bool:
+    """Whether work of so many operations on a CPU repays compiling for it, which for logits alone takes less time."""
+    return flops > (_WORTH_COMPILING if gradients else _WORTH_COMPILING / 5)
 
 
 def describe_twins(model: object) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from robust.experiments.benchmarks import attacks, engine, harness, queries, sta
 from robust.experiments.benchmarks.harness import Contestant, Work, WrongResult, alternate, ratios
 from robust.experiments.benchmarks.peers import Peer, Plain, available, torchattacks_part
 from robust.experiments.benchmarks.scaling import measure
+from robust.twin import Precision
 from tests.experiments.bench_parts import CPU, EPS, PEERS, broken, copied, idle, small, subject, work
 
 # -- the harness ------------------------------------------------------------------------------------------------
@@ -259,10 +260,11 @@ def test_engine_compares_pgd_with_as_many_bare_calls() -> None:
     assert found["peak_bytes"] >= 0
 
 
-def test_passes_an_image_do_not_grow_with_the_data() -> None:
+@pytest.mark.parametrize("precision", ["original", "float32"])
+def test_passes_an_image_do_not_grow_with_the_data(precision: Precision) -> None:
     clf, x, y = subject(10)
     few, many = (
-        measure({"clf": clf, "x": x, "y": y, "eps": EPS}, size, 0, "original")["passes_per_image"]
+        measure({"clf": clf, "x": x, "y": y, "eps": EPS}, size, 0, precision)["passes_per_image"]
         for size in (10, 200)
     )
     assert many == pytest.approx(few, rel=0.02)
