@@ -211,7 +211,7 @@ def test_details_open_with_the_keyboard(page: Any) -> None:
     assert not page.is_visible(".facts")
     page.keyboard.press("Enter")
     assert page.is_visible(".facts")
-    assert "float32" in shown(page, ".facts")
+    assert "precision original" in shown(page, ".facts")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
