@@ -140,7 +140,7 @@ class _Engine:
         while seats.fill():
             self.rule.clock = seats.clock if self.rule.steady else None
             query = self.rule.query(seats.state)
-            if len(seats) and len(seats.active) == seats.sizes[0]:
+            if len(seats.active) == seats.sizes[0]:
                 self.trial.prepare(query, seats.state)
             answer = self.trial.answer(query, seats.state, seats.active)
             self._track(query, answer, turn)

@@ -203,11 +203,12 @@ class Trial:
         return hit, sure
 
     def recheck(self) -> None:
-        """Has the original look at everything a twin found; what it denies was never found."""
+        """Has the original look at what a twin found and it has not told yet; what it denies was never found."""
         rows = torch.arange(len(self.x), device=self.x.device)
-        found = self.hit.clone()
+        found = self.hit & ~self.told
         self.hit, self.sure = self.confirm(found, rows, self.best, self.hit, self.sure)
-        denied, self.told = found & ~self.hit, found & self.sure
+        denied = found & ~self.hit
+        self.told |= found & self.sure
         self.score = torch.where(denied, -torch.inf, self.score)
         self.best = torch.where(denied.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.best)
 

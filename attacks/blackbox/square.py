@@ -21,9 +21,8 @@ from robust.rng import Draws
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _CHUNK = 64  # steps whose draws are made at once
-_IDLE = (
-    8  # a proposal that changes nothing needs no answer: where 1 row in so many has one, they try the next
-)
+# A proposal that changes nothing needs no answer: where 1 row in so many has one, they try the next.
+_IDLE = 8
 
 
 def area_fraction(step: Tensor, p_init: float, rescale: float) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 from robust import __version__
 from robust.classifier import Classifier
 from robust.errors import ConfigError, RobustError, first_line
+from robust.experiments.verdicts.record import commit_of
 from robust.precision import exact_float32
 from robust.registry import unknown
 from robust.twin import PRECISIONS, Precision
@@ -342,9 +343,8 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of this checkout, with a mark where files differ; the version where there is no checkout."""
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return commit_of(RESULTS.parent)
     except (OSError, subprocess.CalledProcessError):
         return f"version {__version__}"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +22,7 @@ from robust.attacks import get
 from robust.classifier import Classifier
 from robust.data import load_data
 from robust.digest import write_json
+from robust.experiments.benchmarks.harness import device_name
 from robust.experiments.verdicts.record import commit_of
 from robust.experiments.verdicts.reference import PARTS, add_subject, compare
 from robust.models import load_model
@@ -65,7 +65,7 @@ def make_comparison(run: Path, reference: dict[str, Any], found: dict[str, Any])
         "data": {key: manifest["data"][key] for key in ("name", "n", "digest")},
         "eps": reference["eps"],
         "versions": manifest["versions"],
-        "device": {**manifest["device"], "processor": _processor()},
+        "device": {**manifest["device"], "processor": device_name(torch.device("cpu"))},
         "precision": manifest["precision"],
         "twins": manifest["twins"],
         "correct": int(verdict.correct.sum()),
@@ -73,15 +73,6 @@ def make_comparison(run: Path, reference: dict[str, Any], found: dict[str, Any])
         "ours": {"seed": manifest["seed"], "broken": fell, "stages": manifest["stages"], "alone": found},
         **compare(reference, verdict.robust.tolist()),
     }
-
-
-def _processor() -> str:
-    """The processor's name, as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def main() -> None:
