@@ -25,6 +25,7 @@ REGISTRY = Registry(
         "fab": "robust.attacks.whitebox.fab:FAB",
         "fab-t": "robust.attacks.whitebox.fab:FABT",
         "square": "robust.attacks.blackbox.square:Square",
+        "hopskipjump": "robust.attacks.blackbox.hopskipjump:HopSkipJump",
         "autoattack": "robust.attacks.autoattack:AutoAttack",
     },
 )

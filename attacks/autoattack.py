@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from robust.attacks.base import Attack, Until
 from robust.attacks.trial import Trial
@@ -20,6 +21,11 @@ class AutoAttack(Attack):
 
     until: Until = "broken"
     version: str = "standard"
+
+    @classmethod
+    def passes(cls, **chosen: Any) -> float:
+        """See `Attack.passes`; of the linf suite."""
+        return sum(stage.passes() for stage in stages(chosen.get("version", "standard"), "linf")[1])
 
     def attack(self, trial: Trial) -> None:
         """See `Attack.attack`."""

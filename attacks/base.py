@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from robust.attacks.targets import TargetName, named_targets
+from robust.attacks.track import Track
 from robust.attacks.trial import Trial
-from robust.classifier import Classifier
+from robust.classifier import Classifier, require_box
 from robust.cost import Cost
 from robust.errors import DataError, RobustError, ThreatError
 from robust.oracle import Oracle
@@ -19,6 +21,8 @@ from robust.threat import Threat
 from robust.twin import Precision, check_precision
 
 Until = Literal["strongest", "broken", "smallest"]
+Knowledge = Literal["white", "score", "decision", "transfer"]
+Targets = Tensor | TargetName | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Result:
         distance: (N,) float64 in the threat's norm.
         cost: what it took.
         notes: what the engine saw on the way, for doubts: counts of rows by name.
+        queries: (N,) points asked about each sample, beside one for the clean point; None for white-box attacks.
+        track: what happened step by step, where `run` was asked to keep it.
     """
 
     x_adv: Tensor
@@ -38,6 +44,8 @@ class Result:
     distance: Tensor
     cost: Cost
     notes: dict[str, float] = field(default_factory=dict)
+    queries: Tensor | None = None
+    track: Track | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +60,13 @@ class Attack:
 
     threat: Threat
     until: Until = "strongest"
-    knowledge: ClassVar[str] = "white"
+    knowledge: ClassVar[Knowledge] = "white"
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     minimum_norm: ClassVar[bool] = False
+    heuristic: ClassVar[bool] = False  # makes no promise to come near the smallest or strongest perturbation
+    semantic: ClassVar[bool] = (
+        False  # limits its changes by fields of its own; meant for a threat of the whole box
+    )
 
     def __call__(
         self,
@@ -62,7 +74,7 @@ class Attack:
         x: Tensor,
         y: Tensor,
         *,
-        targets: Tensor | None = None,
+        targets: Targets = None,
         seed: int = 0,
         index: Tensor | None = None,
         precision: Precision = "auto",
@@ -76,12 +88,15 @@ class Attack:
         x: Tensor,
         y: Tensor,
         *,
-        targets: Tensor | None = None,
+        targets: Targets = None,
         seed: int = 0,
         index: Tensor | None = None,
+        mask: Tensor | None = None,
+        begin: Tensor | None = None,
         precision: Precision = "auto",
         compiled: bool | None = None,
         progress: Callable[[float], None] | None = None,
+        track: bool = False,
     ) -> Result:
         """Attacks every sample and measures what came out.
 
@@ -89,28 +104,39 @@ class Attack:
             model: a Classifier, or an Oracle where the attack needs no gradients.
             x: (N, C, H, W) in the model's box.
             y: (N,) true classes.
-            targets: (N,) classes to reach; None to leave y.
+            targets: (N,) classes to reach; None to leave y; or "random" (keyed by seed and index), "second"
+                or "least-likely", by the clean scores.
             seed: with `index`, the key of all randomness.
             index: (N,) identities of the samples, 0…N−1 if None.
+            mask: bool, of a shape that expands to x's: where a sample may change; None for everywhere.
+            begin: points like x that attacks which start beyond the decision boundary try first, such as samples of
+                the target class.
             precision: "float32": a twin (`robust.twin`) answers in the model's place; "bfloat16": a bfloat16
                 twin scouts before it; "auto": either where the work repays it; "original": the model answers itself.
                 What counts as success is the original's word in any case.
             compiled: whether a twin's passes are compiled; None where the work repays it.
             progress: called now and then with the fraction done.
+            track: keep every step's loss, gradient norm, prediction and best distance in `Result.track`.
 
         Raises:
             RobustError: a wrong shape, class, norm or radius, in one line.
         """
-        self.validate(model, x, y, targets)
+        named = targets if isinstance(targets, str) else None
+        classes = None if isinstance(targets, str) else targets
+        self.validate(model, x, y, classes)
         check_precision(precision)
         started, before = time.perf_counter(), _cost(model)
         if isinstance(model, Classifier):
             model.check(x.float())
         if len(x) == 0:
             return Result(x.clone(), torch.zeros(0, dtype=torch.bool), torch.zeros(0).double(), Cost())
-        trial = Trial(self, model, x, y, targets=targets, seed=seed, index=index)
+        trial = Trial(self, model, x, y, targets=classes, seed=seed, index=index)
         trial.hook, trial.precision, trial.compiled = progress, precision, compiled
+        trial.mask, trial.begin = _like(x, mask, "mask", trial), _like(x, begin, "begin", trial)
+        trial.track = Track() if track else None
         with trial.session():
+            if named is not None:
+                trial.targets = named_targets(trial, named)
             if trial.searching():
                 self.attack(trial)
             x_adv, success = trial.finish()
@@ -119,7 +145,8 @@ class Attack:
         cost = _cost(model) - before
         cost.queries = 0 if self.knowledge == "white" else trial.queries
         cost.seconds = time.perf_counter() - started
-        return Result(x_adv, success.cpu(), distance, cost, trial.notes)
+        spent = None if self.knowledge == "white" else trial.spent.cpu()
+        return Result(x_adv, success.cpu(), distance, cost, trial.notes, spent, trial.track)
 
     def attack(self, trial: Trial) -> None:
         """Searches on `trial`, which keeps the best point of every sample."""
@@ -150,10 +177,33 @@ class Attack:
                 f"eps has {len(eps)} radii for {len(x)} samples; give one number or one per sample"
             )
 
+    @classmethod
+    def passes(cls, **chosen: Any) -> float:
+        """Model passes that a sample costs which survives, about, with these fields: a gradient counts as three."""
+        values = {item.name: item.default for item in fields(cls)} | chosen
+        passes = float(values.get("queries", 3 * values.get("steps", 1)))
+        for factor in ("n_targets", "restarts", "copies"):
+            passes *= values.get(factor, 1)
+        return passes
+
     def config(self) -> dict[str, Any]:
         """The hyper-parameters by name, for manifests and leaderboards."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "threat"}
         return {**values, "threat": self.threat.describe()}
+
+
+def _like(x: Tensor, given: Tensor | None, name: str, trial: Trial) -> Tensor | None:
+    """A mask or points of x's shape, on the trial's device."""
+    if given is None:
+        return None
+    try:
+        whole = given.expand(x.shape) if name == "mask" else given.view(x.shape)
+    except RuntimeError:
+        raise DataError(f"{name} is {tuple(given.shape)}; it must fit x, which is {tuple(x.shape)}") from None
+    if name == "mask":
+        return whole.to(trial.x.device).bool()
+    require_box(whole, trial.bounds)
+    return whole.to(trial.x)
 
 
 def _check_points(x: Tensor, y: Tensor, targets: Tensor | None) -> None:

@@ -7,12 +7,16 @@ rows are left.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from robust.attacks.query import Answer, Query
 from robust.attacks.rule import Jobs, Rule, Setting, choose
 from robust.attacks.seats import Seats
+from robust.attacks.several import Points, answer_several, best_of, spread, within_budget
+from robust.attacks.track import Track
 from robust.attacks.trial import Trial
 from robust.classifier import Classifier
 from robust.errors import BudgetExceeded
@@ -139,17 +143,51 @@ class _Engine:
         turn, seats = 0, self.seats
         while seats.fill():
             self.rule.clock = seats.clock if self.rule.steady else None
-            query = self.rule.query(seats.state)
-            if len(seats.active) == seats.sizes[0]:
-                self.trial.prepare(query, seats.state)
-            answer = self.trial.answer(query, seats.state, seats.active)
-            self._track(query, answer, turn)
+            query = self._masked(self.rule.query(seats.state))
+            points = within_budget(query, seats.state, self.rule.budget)
+            answer = self._ask(query, points)
+            self._count(points)
+            self._track(query, points, answer, turn)
+            if self.trial.track is not None:
+                self._write(self.trial.track, points, answer)
             seats.state.update(self.rule.step(seats.state, answer))
             seats.clock += 1
             turn += 1
             self._look(turn)
             if turn % _REPORT_EVERY == 1:
                 self._report()
+
+    def _masked(self, query: Query) -> Query:
+        """The query with every point as the sample is, except where it may change."""
+        state = self.seats.state
+        if "mask" not in state:
+            return query
+        each = len(query.x) // len(state["row"])
+        x, mask = spread(state["x"], each), spread(state["mask"], each)
+        return replace(query, x=torch.where(mask, query.x, x))
+
+    def _ask(self, query: Query, points: Points) -> Answer:
+        """The subject's answer; no gradient leads out of the mask."""
+        seats, trial = self.seats, self.trial
+        if points.plain:
+            if len(seats.active) == seats.sizes[0]:
+                trial.prepare(query, seats.state)
+            answer = trial.answer(query, seats.state, seats.active)
+        else:
+            answer = answer_several(trial, query, points, seats.state, seats.active, seats.sizes[0])
+        if "mask" in seats.state and answer.gradient is not None:
+            mask = spread(seats.state["mask"], points.each)
+            mask = mask[:, None] if answer.gradient.dim() > mask.dim() else mask
+            answer = replace(answer, gradient=answer.gradient * mask)
+        return answer
+
+    def _count(self, points: Points) -> None:
+        """Books what was asked, per job and per sample."""
+        state, trial = self.seats.state, self.trial
+        counts = points.counts(len(state["row"]))
+        state["spent"] = state["spent"] + counts
+        if trial.counting:
+            trial.spent.index_add_(0, state["row"], counts * self.seats.active.to(state["row"]))
 
     def flush(self) -> None:
         """Hands over what the rows have, when the run ends early."""
@@ -177,35 +215,79 @@ class _Engine:
 
     # -- outcomes -----------------------------------------------------------------------------------------------
 
-    def _track(self, query: Query, answer: Answer, turn: int) -> None:
+    def _track(self, query: Query, points: Points, answer: Answer, turn: int) -> None:
         """Keeps each row's best queried point: a clear hit before a marginal one before none, then the score."""
         trial, state, waits = self.trial, self.seats.state, self.poll == 1
         if answer.gradient is not None:
             self._watch(answer.gradient, turn)
-        hit, sure = trial.judge(state["row"], query.x, answer.scores, waits)
-        inside = torch.ones_like(hit)
+        judged = self._judged(query, points, answer, waits)
+        if judged is None:
+            return
+        x, hit, sure, score = judged
+        if trial.until != "smallest":
+            fresh = state["first"].isnan() & (score > -torch.inf)
+            state["first"] = torch.where(fresh, score, state["first"])
+        over = torch.zeros_like(hit)
+        if not waits and not self.rule.steady:
+            over = self._done()  # between polls rows run on when they are done
+        better = self._better(hit, sure, score) & ~over
+        if waits and trial.twin is not None and trial.until != "strongest":
+            claims = better & hit & self.seats.active.to(better.device)  # what pads the batch claims nothing
+            hit, sure = trial.confirm(claims, state["row"], x, hit, sure)
+            better = self._better(hit, sure, score) & ~over
+        if not waits or bool(better.any()):
+            state["best"] = choose(better, x.detach(), state["best"])
+            for name, value in (("hit", hit), ("sure", sure), ("score", score)):
+                state[name] = torch.where(better, value, state[name])
+
+    def _judged(
+        self, query: Query, points: Points, answer: Answer, waits: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Each row's best point of those it asked: (B, …), misclassified, clearly so, and its score.
+
+        A point outside the threat, or not asked, scores minus infinity. None where a rule without a loss, which keeps
+        nothing but hits, has none.
+        """
+        trial, state, each = self.trial, self.seats.state, points.each
+        row, clean = spread(state["row"], each), spread(state["x"], each)
+        hit, sure = trial.judge(row, query.x, answer.scores, waits)
+        inside = torch.ones_like(hit) if points.asked is None else points.asked
+        if waits and self.rule.loss is None and not bool((hit & inside).any()):
+            return None
         if not self.rule.feasible:
-            if self.rule.loss is None and waits and not bool(hit.any()):
-                return  # a rule without a loss has nothing to keep but hits
-            inside = self.rule.setting.ball(state).inside(query.x, state["x"], trial.bounds)
-            hit, sure = hit & inside, sure & inside
+            ball = self.rule.setting.ball({"eps": spread(state["eps"], each)} if "eps" in state else {})
+            inside = inside & ball.inside(query.x, clean, trial.bounds)
+        hit, sure = hit & inside, sure & inside
         if trial.until == "smallest":
-            score = -trial.threat.distance(query.x, state["x"]).float()
+            score = -trial.threat.distance(query.x, clean).float()
         else:
             loss = answer.loss if answer.loss is not None else hit.float()
             score = loss if loss.dim() == 1 else loss.amax(1)
-            state["first"] = torch.where(state["first"].isnan(), score, state["first"])
-        if not waits and not self.rule.steady:
-            inside = inside & ~self._done()  # between polls rows run on when they are done
-        better = self._better(hit, sure, score) & inside
-        if waits and trial.twin is not None and trial.until != "strongest":
-            claims = better & hit & self.seats.active.to(better.device)  # what pads the batch claims nothing
-            hit, sure = trial.confirm(claims, state["row"], query.x, hit, sure)
-            better = self._better(hit, sure, score) & inside
-        if not waits or bool(better.any()):
-            state["best"] = choose(better, query.x.detach(), state["best"])
-            for name, value in (("hit", hit), ("sure", sure), ("score", score)):
-                state[name] = torch.where(better, value, state[name])
+        score = torch.where(inside, score, -torch.inf)
+        if each == 1:
+            return query.x, hit, sure, score
+        best = best_of(hit.int() + sure.int(), score, each)
+        return query.x[best], hit[best], sure[best], score[best]
+
+    def _write(self, track: Track, points: Points, answer: Answer) -> None:
+        """One entry of the track per active row; of several points, what is said about the first."""
+        state, active = self.seats.state, self.seats.active.to(self.seats.state["row"].device)
+        each, empty = points.each, torch.full_like(state["score"], torch.nan)
+        loss = empty if answer.loss is None else answer.loss.view(len(empty), -1)[:, 0]
+        norm = empty if answer.gradient is None else answer.gradient.view(len(empty), -1).norm(dim=1)
+        distance = self.rule.setting.ball(state).distance(state["best"], state["x"])
+        columns = {
+            "sample": state["row"],
+            "job": state["identity"] & ((1 << JOB_BITS) - 1),
+            "step": state["t"],
+            "queries": state["spent"],
+            "loss": loss,
+            "gradient_norm": norm,
+            "prediction": answer.scores[::each].argmax(1),
+            "success": state["hit"],
+            "distance": torch.where(state["hit"], distance, torch.inf),
+        }
+        track.add(**{name: value[active] for name, value in columns.items()})
 
     def _confirm_best(self) -> None:
         """Asks the original about the twin's claims since the last look; what it denies is forgotten."""

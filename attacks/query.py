@@ -29,6 +29,8 @@ class Query:
         copies: forwards to average over (expectation over a randomised model).
         loss: the loss for "loss_grad", and the value tracked for "logits" if given.
         against: (B, T) classes for "difference_grad".
+        asked: (len(x),) bool: the points that are wanted; None for all. A rule may ask several points of each row: x
+            is then (B · k, C, H, W), a row's points side by side, and so is the answer; `against` stays one per row.
     """
 
     x: Tensor
@@ -36,6 +38,7 @@ class Query:
     copies: int = 1
     loss: Loss | None = None
     against: Tensor | None = None
+    asked: Tensor | None = None
 
 
 @dataclass(frozen=True)

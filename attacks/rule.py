@@ -62,8 +62,9 @@ class Setting:
 class Rule:
     """One algorithm. State is a dict of tensors whose first dimension is the row.
 
-    The engine fills in `x`, `y`, `identity` (`target` where jobs aim, `eps` where it is one per sample); a rule adds
-    its own entries in `start` and reads its own step counter `t`, so that rows may be at different steps.
+    The engine fills in `x`, `y`, `identity`, `spent` (points asked so far), `target` where jobs aim, `eps` where it is
+    one per sample, `begin` where points to start from were given; a rule adds its own entries in `start` and reads its
+    own step counter `t`, so that rows may be at different steps.
 
     Attributes:
         feasible: whether every point it queries lies inside the threat.
@@ -73,11 +74,13 @@ class Rule:
         passes: model passes of a step, about: a gradient counts as three.
         steady: whether every row's `t` grows by one with every step.
         clock: (B,) on the CPU: a steady rule's `t`, without asking the device for it; None where there is none.
+        budget: the most points that a job may ask; the engine sees to it. None where `steps` says it all.
         scouted: whether a twin in bfloat16 may run it first: it climbs a loss, and small errors do not mislead it.
     """
 
     feasible = True
     scouted = False
+    budget: int | None = None
     steps = 1
     passes = 3
     steady = False

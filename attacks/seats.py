@@ -92,7 +92,11 @@ class Seats:
             "score": torch.full((len(rows),), -torch.inf, device=rows.device),
             "best": trial.x[rows],
             "first": torch.full((len(rows),), torch.nan, device=rows.device),
+            "spent": torch.zeros(len(rows), dtype=torch.long, device=rows.device),
         }
+        for name, values in (("mask", trial.mask), ("begin", trial.begin)):
+            if values is not None:
+                state[name] = values[rows]
         if self.aimed:
             state["target"] = jobs.target
         eps = trial.threat.take(rows).eps

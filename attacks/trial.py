@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks.query import Answer, Query, ask, join, out_of_memory, prepare, split
+from robust.attacks.track import Track
 from robust.classifier import FLOAT_NOISE, Classifier, clear, misclassified
 from robust.decide import decide
 from robust.oracle import Oracle
@@ -58,6 +59,13 @@ class Trial:
         self.score = torch.full((len(x),), -torch.inf, device=device)
         self.told = torch.zeros_like(self.hit)  # the original itself has called `best` misclassified, clearly
         self.queries = 0
+        self.counting = attack.knowledge != "white"
+        self.spent = torch.zeros(len(x), dtype=torch.long, device=device)  # points asked about each sample
+        self.mask: Tensor | None = None  # (N, C, H, W) bool: where a sample may change
+        self.begin: Tensor | None = (
+            None  # (N, C, H, W) points to start from, for rules that start beyond the boundary
+        )
+        self.track: Track | None = None
         self.notes: dict[str, float] = {}
         self.hook: Hook | None = None
         self._clean: Tensor | None = None
@@ -246,12 +254,14 @@ class Trial:
         )
         other._clean = self.clean[rows]
         other.hook, other.precision, other.compiled = self.hook, self.precision, self.compiled
+        other.mask, other.begin = targets_of(self.mask, rows), targets_of(self.begin, rows)
         return other
 
     def absorb(self, rows: Tensor, other: Trial) -> None:
         """Takes what another trial found on `rows`, with its counts."""
         self.offer(rows, other.best, other.hit, other.sure, other.score)
         self.queries += other.queries
+        self.spent[rows] += other.spent
         for name, count in other.notes.items():
             self.note(name, count)
 

@@ -27,9 +27,7 @@ class Stage:
 
     def passes(self) -> float:
         """Model passes that a sample costs which survives it, about: a gradient counts as three."""
-        passes = float(self.params.get("queries", 3 * self.params.get("steps", 20)))
-        for factor in ("n_targets", "restarts", "copies"):
-            passes *= self.params.get(factor, 1)
+        passes: float = room("attacks").load(self.attack).passes(**self.params)
         return passes
 
 

