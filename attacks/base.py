@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robust.attacks.targets import TargetName, named_targets
-from robust.attacks.track import Track
 from robust.attacks.trial import Trial
 from robust.classifier import Classifier, require_box
 from robust.cost import Cost
 from robust.errors import DataError, RobustError, ThreatError
 from robust.oracle import Oracle
+from robust.targets import TargetName, named_targets
 from robust.threat import Threat
+from robust.track import Track, TrackMode
 from robust.twin import Precision, check_precision
 
 Until = Literal["strongest", "broken", "smallest"]
@@ -96,7 +96,7 @@ class Attack:
         precision: Precision = "auto",
         compiled: bool | None = None,
         progress: Callable[[float], None] | None = None,
-        track: bool = False,
+        track: TrackMode | None = None,
     ) -> Result:
         """Attacks every sample and measures what came out.
 
@@ -116,7 +116,8 @@ class Attack:
                 What counts as success is the original's word in any case.
             compiled: whether a twin's passes are compiled; None where the work repays it.
             progress: called now and then with the fraction done.
-            track: keep every step's loss, gradient norm, prediction and best distance in `Result.track`.
+            track: "steps": keep every step's loss, gradient norm, prediction and best distance in `Result.track`;
+                "best": only where a job's best point became better, which curves against queries need.
 
         Raises:
             RobustError: a wrong shape, class, norm or radius, in one line.
@@ -125,7 +126,6 @@ class Attack:
         classes = None if isinstance(targets, str) else targets
         self.validate(model, x, y, classes)
         check_precision(precision)
-        started, before = time.perf_counter(), _cost(model)
         if isinstance(model, Classifier):
             model.check(x.float())
         if len(x) == 0:
@@ -133,16 +133,21 @@ class Attack:
         trial = Trial(self, model, x, y, targets=classes, seed=seed, index=index)
         trial.hook, trial.precision, trial.compiled = progress, precision, compiled
         trial.mask, trial.begin = _like(x, mask, "mask", trial), _like(x, begin, "begin", trial)
-        trial.track = Track() if track else None
+        trial.track = None if track is None else Track(track)
+        return self._run(trial, x, named)
+
+    def _run(self, trial: Trial, x: Tensor, named: str | None) -> Result:
+        """The search and what came out, counted and in x's dtype."""
+        started, before = time.perf_counter(), _cost(trial.model)
         with trial.session():
             if named is not None:
-                trial.targets = named_targets(trial, named)
+                trial.targets = named_targets(named, _scores(trial, named), trial.y, trial.seed, trial.index)
             if trial.searching():
                 self.attack(trial)
             x_adv, success = trial.finish()
-        x_adv = _cast(x_adv, x, success.to(x.device), self.threat, model.bounds)
+        x_adv = _cast(x_adv, x, success.to(x.device), self.threat, trial.bounds)
         distance = self.threat.distance(x_adv, x).cpu()
-        cost = _cost(model) - before
+        cost = _cost(trial.model) - before
         cost.queries = 0 if self.knowledge == "white" else trial.queries
         cost.seconds = time.perf_counter() - started
         spent = None if self.knowledge == "white" else trial.spent.cpu()
@@ -180,7 +185,7 @@ class Attack:
     @classmethod
     def passes(cls, **chosen: Any) -> float:
         """Model passes that a sample costs which survives, about, with these fields: a gradient counts as three."""
-        values = {item.name: item.default for item in fields(cls)} | chosen
+        values: dict[str, Any] = {item.name: item.default for item in fields(cls)} | chosen
         passes = float(values.get("queries", 3 * values.get("steps", 1)))
         for factor in ("n_targets", "restarts", "copies"):
             passes *= values.get(factor, 1)
@@ -190,6 +195,13 @@ class Attack:
         """The hyper-parameters by name, for manifests and leaderboards."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "threat"}
         return {**values, "threat": self.threat.describe()}
+
+
+def _scores(trial: Trial, name: str) -> Tensor:
+    """The clean scores, which a class is named by."""
+    if name != "random" and isinstance(trial.model, Oracle) and trial.model.answers == "labels":
+        raise RobustError(f"targets={name!r} needs scores, and the oracle gives labels; use 'random'")
+    return trial.clean
 
 
 def _like(x: Tensor, given: Tensor | None, name: str, trial: Trial) -> Tensor | None:

@@ -16,12 +16,12 @@ from robust.attacks.query import Answer, Query
 from robust.attacks.rule import Jobs, Rule, Setting, choose
 from robust.attacks.seats import Seats
 from robust.attacks.several import Points, answer_several, best_of, spread, within_budget
-from robust.attacks.track import Track
 from robust.attacks.trial import Trial
 from robust.classifier import Classifier
 from robust.errors import BudgetExceeded
 from robust.footprint import largest_batch, measure
 from robust.rng import JOB_BITS
+from robust.track import Track
 from robust.twin import fast_bfloat16, worth_compiling
 
 POLL = {"cpu": 1, "cuda": 8}  # turns between two looks at a device's flags
@@ -146,8 +146,8 @@ class _Engine:
             query = self._masked(self.rule.query(seats.state))
             points = within_budget(query, seats.state, self.rule.budget)
             answer = self._ask(query, points)
-            self._count(points)
             self._track(query, points, answer, turn)
+            self._count(points)
             if self.trial.track is not None:
                 self._write(self.trial.track, points, answer)
             seats.state.update(self.rule.step(seats.state, answer))
@@ -271,7 +271,8 @@ class _Engine:
 
     def _write(self, track: Track, points: Points, answer: Answer) -> None:
         """One entry of the track per active row; of several points, what is said about the first."""
-        state, active = self.seats.state, self.seats.active.to(self.seats.state["row"].device)
+        trial, state = self.trial, self.seats.state
+        active = self.seats.active.to(state["row"].device).clone()
         each, empty = points.each, torch.full_like(state["score"], torch.nan)
         loss = empty if answer.loss is None else answer.loss.view(len(empty), -1)[:, 0]
         norm = empty if answer.gradient is None else answer.gradient.view(len(empty), -1).norm(dim=1)
@@ -287,6 +288,10 @@ class _Engine:
             "success": state["hit"],
             "distance": torch.where(state["hit"], distance, torch.inf),
         }
+        if track.mode == "best":  # of a fixed budget the first success, of a minimum norm every better one
+            best = columns["distance" if trial.until == "smallest" else "success"].double()
+            active &= best != state["noted"]
+            state["noted"] = best
         track.add(**{name: value[active] for name, value in columns.items()})
 
     def _confirm_best(self) -> None:
@@ -309,7 +314,7 @@ class _Engine:
     def _watch(self, gradient: Tensor, turn: int) -> None:
         """Counts rows without any gradient, now and then: a sign of masking."""
         if turn % _WATCH_EVERY == 0:
-            zero = (gradient.flatten(1) == 0).all(1).cpu()
+            zero = (gradient.reshape(len(self.seats.active), -1) == 0).all(1).cpu()
             self.trial.note("gradients", int(self.seats.active.sum()))
             self.trial.note("zero_gradients", int((zero & self.seats.active).sum()))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class PhasedRule(Rule):
     feasible = False
     passes = 1
     width: int = 1
-    want: ClassVar[str] = "labels"
+    want: ClassVar[Literal["labels", "logits"]] = "labels"
     DONE: ClassVar[int] = 99
 
     def __init__(self, setting: Setting, queries: int, loss: Loss | None = None) -> None:
@@ -94,7 +94,7 @@ class PhasedRule(Rule):
     def query(self, state: State) -> Query:
         """The points of every row, by its phase."""
         x = state["x"]
-        points = x[:, None].expand(-1, self.width, *x.shape[1:]).contiguous()
+        points = x[:, None].repeat_interleave(self.width, 1)
         asked = torch.zeros(len(x), self.width, dtype=torch.bool, device=x.device)
         self._before, self._under_way = state["spent"], []
         for phase in state["phase"].unique().tolist():
@@ -105,8 +105,7 @@ class PhasedRule(Rule):
             count = proposed.shape[1]
             points[rows, :count], asked[rows, :count] = proposed, True
             self._under_way.append((phase, rows, proposed))
-        want = "labels" if self.want == "labels" else "logits"
-        return Query(points.flatten(0, 1), want, loss=self.loss, asked=asked.flatten())
+        return Query(points.flatten(0, 1), self.want, loss=self.loss, asked=asked.flatten())
 
     def step(self, state: State, answer: Answer) -> State:
         """The rows' changes, phase by phase."""

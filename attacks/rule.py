@@ -63,8 +63,9 @@ class Rule:
     """One algorithm. State is a dict of tensors whose first dimension is the row.
 
     The engine fills in `x`, `y`, `identity`, `spent` (points asked so far), `target` where jobs aim, `eps` where it is
-    one per sample, `begin` where points to start from were given; a rule adds its own entries in `start` and reads its
-    own step counter `t`, so that rows may be at different steps.
+    one per sample, `mask` and `begin` where they were given, `reference` where the rule needs it; it keeps a row's best
+    point in `best`, `hit`, `sure`, `score` and `first`, and its sample in `row`. A rule adds entries of other names in
+    `start` and reads its own step counter `t`, so that rows may be at different steps.
 
     Attributes:
         feasible: whether every point it queries lies inside the threat.

@@ -66,7 +66,9 @@ class Seats:
 
     def _seat(self, taken: Tensor) -> None:
         new = self._rows(self.jobs.take(taken))
-        new.update(self.rule.start(new))
+        own = self.rule.start(new)
+        assert not own.keys() & new.keys(), "a rule's entries must not hide the engine's"
+        new.update(own)
         if not self.state:
             size = next(size for size in reversed(self.sizes) if size >= len(taken))
             order = torch.arange(size, device=taken.device).clamp_max(len(taken) - 1)
@@ -94,6 +96,8 @@ class Seats:
             "first": torch.full((len(rows),), torch.nan, device=rows.device),
             "spent": torch.zeros(len(rows), dtype=torch.long, device=rows.device),
         }
+        if trial.track is not None:
+            state["noted"] = torch.full((len(rows),), -1.0, dtype=torch.float64, device=rows.device)
         for name, values in (("mask", trial.mask), ("begin", trial.begin)):
             if values is not None:
                 state[name] = values[rows]

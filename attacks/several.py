@@ -72,11 +72,13 @@ def answer_several(
     if not parts:
         return Answer(query.x.new_zeros(total, trial.classes), query.x.new_zeros(total))
     found = join(parts)
-    return Answer(*(_placed(value, chosen, total) for value in (found.scores, found.loss, found.gradient)))
+    loss = None if found.loss is None else _placed(found.loss, chosen, total)
+    gradient = None if found.gradient is None else _placed(found.gradient, chosen, total)
+    return Answer(_placed(found.scores, chosen, total), loss, gradient)
 
 
-def _placed(value: Tensor | None, chosen: Tensor, total: int) -> Tensor | None:
-    if value is None or len(chosen) == total:
+def _placed(value: Tensor, chosen: Tensor, total: int) -> Tensor:
+    if len(chosen) == total:
         return value
     whole = value.new_zeros(total, *value.shape[1:])
     whole[chosen] = value

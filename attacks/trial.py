@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from robust.attacks.query import Answer, Query, ask, join, out_of_memory, prepare, split
-from robust.attacks.track import Track
 from robust.classifier import FLOAT_NOISE, Classifier, clear, misclassified
 from robust.decide import decide
 from robust.oracle import Oracle
 from robust.rng import derive, seeded
+from robust.track import Track
 from robust.twin import Twin, make_twin
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ class Trial:
         self.counting = attack.knowledge != "white"
         self.spent = torch.zeros(len(x), dtype=torch.long, device=device)  # points asked about each sample
         self.mask: Tensor | None = None  # (N, C, H, W) bool: where a sample may change
-        self.begin: Tensor | None = (
-            None  # (N, C, H, W) points to start from, for rules that start beyond the boundary
-        )
+        self.begin: Tensor | None = None  # (N, C, H, W) where rules start that start beyond the boundary
         self.track: Track | None = None
         self.notes: dict[str, float] = {}
         self.hook: Hook | None = None

@@ -56,7 +56,7 @@ def evaluate(
         model: a Classifier, or an Oracle with a suite that needs no gradients.
         x: (N, C, H, W) in the model's box with labels y (N,), or indexable pairs (x, y); read a chunk at a time.
         threat: one threat, or several of one norm for a curve; the verdict's headline is the largest.
-        suite: "quick", "standard", "rand", "score", or attacks' names.
+        suite: "quick", "standard", "rand", "score", "decision", "full", or attacks' names.
         seed: keys all randomness; the verdict does not depend on interruption or order.
         out: a run folder to write continuously; it must be new, or hold the run to `resume`.
         resume: go on with the run in `out`; queries of a group that was cut off are not charged to an oracle's budget.

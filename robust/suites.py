@@ -14,8 +14,13 @@ DESCRIPTIONS = {
     "standard": "AutoAttack as published: APGD-CE, APGD-T, FAB-T, Square (Croce & Hein 2020, arXiv:2003.01690)",
     "rand": "for randomised models: APGD-CE and APGD-DLR, gradients averaged over 20 forwards (arXiv:2003.01690)",
     "score": "Square with 5,000 queries: for models that give scores only",
+    "decision": "two attacks on labels alone, 5,000 queries each: RayS, HopSkipJump, SurFree, GeoDA, Pointwise by norm",
+    "full": "standard, then decision: what gradients, scores and labels alone can break",
 }
 NORMS = ("linf", "l2", "l1")
+BLACK_BOX = ("score", "decision")  # suites that an oracle can answer
+# Decision-based searches by norm. In l1 none is published as a minimiser but GeoDA and Pointwise.
+_DECISION = {"linf": ("rays", "hopskipjump"), "l2": ("hopskipjump", "surfree"), "l1": ("geoda", "pointwise")}
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ def stages(suite: str | Sequence[str], norm: str, black_box: bool = False) -> tu
     names = [part.strip() for part in suite.split(",")] if isinstance(suite, str) else list(suite)
     if len(names) == 1 and names[0] in DESCRIPTIONS:
         plan = _named(names[0], norm)
-        if black_box and names[0] != "score":
+        if black_box and names[0] not in BLACK_BOX:
             raise RobustError(
-                f"suite {names[0]} needs gradients, which an Oracle does not give; use suite score"
+                f"suite {names[0]} needs gradients, which an Oracle does not give; use suite score or decision"
             )
         return names[0], plan
     attacks = room("attacks")
@@ -72,10 +77,14 @@ def _named(name: str, norm: str) -> list[Stage]:
     square = Stage("square", {"queries": 5000})
     if name == "score":
         return [square]
+    decision = [Stage(attack, {"queries": 5000}) for attack in _DECISION[norm]]
+    if name == "decision":
+        return decision
     sparse = norm == "l1"  # the published l1 form: Croce & Hein 2021, arXiv:2103.01208
-    return [
+    standard = [
         Stage("apgd-ce", {"steps": 100, "restarts": 5 if sparse else 1}),
         Stage("apgd-t", {"steps": 100, "n_targets": 5 if sparse else 9}),
         Stage("fab-t", {"steps": 100, "n_targets": 9}),
         square,
     ]
+    return [*standard, *decision] if name == "full" else standard

@@ -8,12 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robust.attacks.base import Attack, Knowledge, Until
-from robust.attacks.engine import make_jobs, run_rule, setting_of
+from robust.attacks.base import Knowledge, Until
+from robust.attacks.blackbox.budgeted import BudgetedAttack
 from robust.attacks.phases import Heard, PhasedRule, Rows
 from robust.attacks.rule import Setting, State, choose, column
-from robust.attacks.trial import Trial
-from robust.errors import DataError, RobustError
 
 SEEK, APPROACH = 0, 1
 
@@ -75,16 +73,23 @@ class DecisionRule(PhasedRule):
         return {"phase": ones.long() * APPROACH, "at": far, "far": far, "low": ones * 0, "high": ones}
 
     def _candidates(self, rows: Rows) -> Tensor:
-        """Points to start from: the given one first, then uniform noise mixed into the clean point, ever more of it."""
+        """Points to start from: the given one, plain and inverted images, then noise mixed into the clean point.
+
+        Each turn mixes in ever more of it; the noise is uniform in even turns and black and white in odd ones.
+        """
         x, width = rows["x"], self.width
         low, high = self.setting.bounds
         draws = self.setting.draws({"identity": rows["identity"]}, "seek", rows["t"])
-        noise = low + (high - low) * draws.uniform(width, *x.shape[1:]).to(x)
+        noise = draws.uniform(width, *x.shape[1:]).to(x)
+        noise = torch.where((rows["t"] % 2 == 1).view(-1, *[1] * x.dim()), noise.round(), noise)
         share = torch.linspace(1 / width, 1.0, width, device=x.device).view(1, -1, *[1] * (x.dim() - 1))
-        points = torch.lerp(x[:, None].expand_as(noise), noise, share.expand(len(x), *share.shape[1:]))
+        points = torch.lerp(x[:, None].expand_as(noise), low + (high - low) * noise, share.expand_as(noise))
+        first = [torch.full_like(x, low), torch.full_like(x, high), low + high - x]
         if "begin" in rows:
-            first = (rows["t"] == 0).view(-1, *[1] * (x.dim() - 1))
-            points[:, 0] = torch.where(first, rows["begin"], points[:, 0])
+            first.insert(0, rows["begin"])
+        fresh = rows["t"] == 0
+        for place, point in enumerate(first[: width - 1]):
+            points[:, place] = choose(fresh, point, points[:, place])
         return points
 
     def _sought(self, rows: Rows, points: Tensor, heard: Heard) -> State:
@@ -116,7 +121,7 @@ class DecisionRule(PhasedRule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecisionAttack(Attack):
+class DecisionAttack(BudgetedAttack):
     """What decision-based attacks have in common: labels only, a budget of queries, the smallest perturbation.
 
     Attributes:
@@ -133,10 +138,6 @@ class DecisionAttack(Attack):
         """The method's rule with this attack's fields."""
         raise TypeError(f"{type(self).__name__} has no rule")
 
-    def attack(self, trial: Trial) -> None:
-        """See `Attack.attack`."""
-        if self.queries < 1:
-            raise RobustError(f"queries={self.queries} asks nothing; give at least 1")
-        if trial.x.dim() != 4:
-            raise DataError(f"{type(self).__name__} needs images (N, C, H, W); x is {tuple(trial.x.shape)}")
-        run_rule(self.rule(setting_of(trial)), trial, make_jobs(trial))
+    def build(self, setting: Setting, shape: tuple[int, ...]) -> PhasedRule:
+        """See `BudgetedAttack.build`."""
+        return self.rule(setting)

@@ -27,7 +27,8 @@ class HopSkipJumpRule(DecisionRule):
 
     def __init__(self, setting: Setting, queries: int, initial: int, gamma: float) -> None:
         super().__init__(setting, queries)
-        self.initial, self.gamma = initial, gamma
+        self.initial = min(initial, -(-queries // 20))  # a small budget takes several iterations too
+        self.gamma = gamma
 
     def start(self, state: State) -> State:
         """See `PhasedRule.start`."""
@@ -83,9 +84,9 @@ class HopSkipJumpRule(DecisionRule):
             noise = 2 * draws.uniform(self.width, *x.shape[1:]).to(x) - 1
         else:
             noise = draws.normal(self.width, *x.shape[1:]).to(x)
-        return noise / noise.flatten(2).norm(dim=2).clamp_min(1e-12).view(
-            *noise.shape[:2], *[1] * (x.dim() - 1)
-        )
+        length = noise.flatten(2).norm(dim=2).clamp_min(1e-12)
+        unit: Tensor = noise / length.view(*noise.shape[:2], *[1] * (x.dim() - 1))
+        return unit
 
     def _estimated(self, rows: Rows, points: Tensor, heard: Heard) -> State:
         """Sums over the probes; the direction once there are enough of them."""
@@ -124,7 +125,8 @@ class HopSkipJump(DecisionAttack):
     """HopSkipJump (Chen et al. 2020, arXiv:1904.02144): the smallest perturbation from labels alone, in l2 or linf.
 
     Attributes:
-        initial: B_0, probes of the first gradient estimate; the k-th takes √k times as many.
+        initial: B_0, probes of the first gradient estimate, at most a twentieth of the budget; the k-th takes √k times
+            as many.
         gamma: precision of the bisection, γ / d√d of the way in l2 and γ / d² in linf.
     """
 

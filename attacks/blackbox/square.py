@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robust.attacks.base import Attack
+from robust.attacks.base import Attack, Knowledge
 from robust.attacks.blackbox.pyramids import bump_table, grid_start, window_values
 from robust.attacks.engine import make_jobs, run_rule, setting_of
 from robust.attacks.query import Answer, Query
@@ -227,7 +227,7 @@ class Square(Attack):
         rescale: stretch the schedule of square sizes, made for 10,000 queries, over `queries`; AutoAttack does not.
     """
 
-    knowledge: ClassVar[str] = "score"
+    knowledge: ClassVar[Knowledge] = "score"
     queries: int = 5000
     restarts: int = 1
     p_init: float = 0.8

@@ -14,6 +14,7 @@ from robust.attacks.query import Answer, Query
 from robust.attacks.rule import Rule, Setting, State, choose, column
 from robust.attacks.targets import ranked_targets
 from robust.attacks.trial import Trial
+from robust.attacks.whitebox.deepfool import nearest_boundary
 from robust.classifier import misclassified
 from robust.errors import RobustError
 
@@ -93,11 +94,9 @@ class FABRule(Rule):
 
     def _over(self, state: State, answer: Answer) -> Tensor:
         """The biased, overshot projection on the nearest linearised boundary."""
-        assert answer.gradient is not None
-        assert answer.loss is not None
         ball, bounds = self.setting.ball(state), self.setting.bounds
         x, at = state["x"], state["at"]
-        normal, gap = self._nearest(answer.loss, answer.gradient)
+        gap, normal = nearest_boundary(self.setting.threat, answer)
         offset = -gap  # ⟨normal, d⟩ that brings z_class − z_y to zero
         to_clean = offset + (normal * (at - x)).flatten(1).sum(1)
         from_at = ball.to_hyperplane(at, normal, offset, bounds)
@@ -106,16 +105,6 @@ class FABRule(Rule):
         alpha = column((near / (near + far)).clamp(0, self.alpha_max), x)
         mixed = torch.lerp(at.add(from_at, alpha=self.eta), x.add(from_x, alpha=self.eta), alpha)
         return mixed.clamp_(*bounds)
-
-    def _nearest(self, values: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Normal and value of the class whose linearised boundary is nearest in the threat's norm."""
-        if values.shape[1] == 1:
-            return gradients[:, 0], values[:, 0]
-        ball = self.setting.threat
-        slopes = torch.stack([ball.dual(gradients[:, k]) for k in range(values.shape[1])], dim=1)
-        best = (values.abs() / slopes.clamp_min(1e-12)).argmin(1)
-        rows = torch.arange(len(best), device=best.device)
-        return gradients[rows, best], values[rows, best]
 
 
 @dataclass(frozen=True, kw_only=True)

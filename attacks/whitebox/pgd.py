@@ -30,8 +30,8 @@ class GradientAttack(Attack):
     def attack(self, trial: Trial) -> None:
         """See `Attack.attack`."""
         schedule = self.schedule()
-        if schedule.steps < 1:
-            raise RobustError(f"steps={schedule.steps} is no search; give at least 1")
+        if schedule.steps < 1 or schedule.copies < 1:
+            raise RobustError(f"steps={schedule.steps}, copies={schedule.copies}: each at least 1")
         if schedule.step_size is not None and not schedule.step_size > 0:
             raise RobustError(f"step_size={schedule.step_size} must be positive")
         rule = GradientSteps(setting_of(trial), schedule, get_loss(self.loss), self.loss == "kl")

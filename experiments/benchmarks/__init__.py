@@ -10,6 +10,7 @@ REGISTRY = Registry(
         "queries": "robust.experiments.benchmarks.queries:Queries",
         "engine": "robust.experiments.benchmarks.engine:Engine",
         "kernels": "robust.experiments.benchmarks.kernels:Kernels",
+        "catalogue": "robust.experiments.benchmarks.catalogue:Catalogue",
     },
 )
 get = REGISTRY.load

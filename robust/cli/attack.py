@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ import typer
 
 from robust.cli import options
 from robust.cli.progress import Meter, duration
-from robust.errors import ConfigError, ThreatError
+from robust.errors import ConfigError, RobustError, ThreatError
 from robust.registry import room
 
 if TYPE_CHECKING:
@@ -24,7 +25,23 @@ if TYPE_CHECKING:
 
     from robust.classifier import Classifier
     from robust.data import Data
+    from robust.track import TrackMode
 
+_GRID = (
+    0,
+    10,
+    20,
+    50,
+    100,
+    200,
+    500,
+    1000,
+    2000,
+    5000,
+    10_000,
+    20_000,
+    50_000,
+)  # queries at which a curve is read
 CHUNK = 256  # samples between two reports of progress; an outcome does not depend on it
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An attack's name; see `robust list attacks`.")]
@@ -38,11 +55,11 @@ Settings = Annotated[
     ),
 ]
 Target = Annotated[
-    int | None,
+    str | None,
     typer.Option(
         "--target",
         metavar="LABEL",
-        help="Reach this class instead of leaving the true one.",
+        help="Reach this class instead of leaving the true one; or random, second or least-likely.",
         show_default=False,
     ),
 ]
@@ -59,6 +76,7 @@ class Found:
     """All samples after the attack, on the CPU.
 
     Attributes:
+        curve: of a black-box attack, success and median distance against queries (`Curves.against_queries`).
         cost: model passes, queries and seconds by name.
         x, x_adv: (N, C, H, W) clean points and what the attack made of them.
         y: (N,) true labels.
@@ -67,6 +85,7 @@ class Found:
         correct, standing: (N,) bool: the clean, the attacked point is classified correctly.
     """
 
+    curve: dict[str, list[float | None]] | None
     cost: dict[str, float]
     x: Tensor
     x_adv: Tensor
@@ -157,7 +176,7 @@ def run(
     classifier: Classifier,
     data: Data,
     *,
-    target: int | None,
+    target: str | None,
     seed: int,
     precision: str,
     meter: Meter,
@@ -167,32 +186,79 @@ def run(
 
     from robust.cost import Cost
     from robust.decide import decide
+    from robust.track import Curves
 
-    total, cost = len(data), Cost()
+    total, cost, curves = len(data), Cost(), Curves()
+    track: TrackMode | None = None if attack.knowledge == "white" else "best"
+    examples = _examples(classifier, data) if target is not None and attack.knowledge == "decision" else {}
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, total, CHUNK):
         meter(start / total, f"{start} of {total} samples")
         rows = range(start, min(start + CHUNK, total))
         x, y = data.batch(rows)
         index = torch.tensor(rows)
-        targets = None if target is None else torch.full_like(y, _checked_target(target, classifier, x))
-        result = attack.run(classifier, x, y, targets=targets, seed=seed, index=index, precision=precision)
+        targets = None if target is None else _aim(target, classifier, x, y, seed, index)
+        begin = None
+        if targets is not None and examples:
+            begin = torch.stack([examples.get(int(t), clean) for t, clean in zip(targets, x, strict=True)])
+        result = attack.run(
+            classifier,
+            x,
+            y,
+            targets=targets,
+            seed=seed,
+            index=index,
+            begin=begin,
+            precision=precision,
+            track=track,
+        )
+        if result.track is not None:
+            curves.add(result.track)
         clean = decide(classifier, x, y, targets, index=index, seed=seed)
         after = decide(classifier, result.x_adv, y, index=index, seed=seed)
         standing = [decision.prediction.cpu() == y for decision in (clean, after)]
         parts.append((x, result.x_adv.cpu(), y, result.success.cpu(), ~clean.hit.cpu(), *standing))
         cost = cost + result.cost
     meter(1.0, "done")
-    return Found(cost.to_dict(), *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    whole = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    found = Found(None, cost.to_dict(), *whole)
+    if track is None:
+        return found
+    curve = curves.against_queries(_GRID, int(found.open.sum()))
+    finite = {
+        key: [value if math.isfinite(value) else None for value in column] for key, column in curve.items()
+    }
+    return replace(found, curve=finite)
 
 
-def _checked_target(target: int, classifier: Classifier, x: Tensor) -> int:
-    classifier.logits(x[:1])
-    if not 0 <= target < classifier.classes:
+def _aim(target: str, classifier: Classifier, x: Tensor, y: Tensor, seed: int, index: Tensor) -> Tensor:
+    """(N,) the classes that `--target` means for these samples."""
+    import torch
+
+    from robust.targets import named_targets
+
+    scores = torch.cat([classifier.logits(part) for part in x.split(64)]).cpu()
+    if not target.lstrip("-").isdigit():
+        try:
+            return named_targets(target, scores, y, seed, index)
+        except RobustError as error:
+            raise ConfigError(f"--target: {error}") from None
+    if not 0 <= int(target) < classifier.classes:
         raise ConfigError(
             f"--target: {target} is no class; the model has the classes 0 to {classifier.classes - 1}"
         )
-    return target
+    return torch.full_like(y, int(target))
+
+
+def _examples(classifier: Classifier, data: Data) -> dict[int, Tensor]:
+    """The first sample that the model gives each class: where targeted decision-based attacks start from."""
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(data), CHUNK):
+        x, _ = data.batch(range(start, min(start + CHUNK, len(data))))
+        for part in x.split(64):
+            for label, point in zip(classifier.logits(part).argmax(1).tolist(), part, strict=True):
+                found.setdefault(label, point)
+    return found
 
 
 def summarise(
@@ -222,10 +288,18 @@ def summarise(
         "suite": name,
         "seed": subject.seed,
         "seconds": round(found.cost["seconds"], 3),
+        "curve": found.curve,
         "cost": found.cost,
         "warnings": list(classifier.warnings),
         "out": None,
     }
+
+
+def _shown(curve: Mapping[str, Sequence[float | None]]) -> str:
+    """Success at the numbers of queries up to where it no longer changes."""
+    pairs = list(zip(curve["queries"], curve["success"], strict=True))
+    kept = [pair for k, pair in enumerate(pairs) if k == 0 or pair[1] != pairs[k - 1][1]]
+    return "  ".join(f"{int(queries or 0):,}: {options.percent(rate or 0.0)}" for queries, rate in kept)
 
 
 def _median(values: Tensor) -> float | None:
@@ -252,6 +326,8 @@ def _show(summary: Mapping[str, Any]) -> None:
     ]
     if summary["median_l2"] is not None:
         rows.append(("median distance", f"l2 {summary['median_l2']:.4g}   linf {summary['median_linf']:.4g}"))
+    if summary["curve"] is not None:
+        rows.append(("by queries", _shown(summary["curve"])))
     counts = (f"{int(cost[key]):,} {key}" for key in ("forwards", "backwards", "queries") if cost[key])
     rows += [("cost", "  ".join([*counts, duration(cost["seconds"])])), ("settings", settings)]
     rows += [("doubt", line) for line in summary["warnings"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,6 +38,10 @@ KINDS = {
     "benchmarks": ("experiments.benchmarks", "what `robust bench` measures"),
 }
 
+_PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}")
+# Classes of cost: the most model passes a sample that survives takes at default settings; "high" is above them.
+COSTS = ((100, "low"), (2_000, "medium"))
+
 Kind = Annotated[str | None, typer.Argument(metavar="KIND", help="One of " + ", ".join(KINDS) + ".")]
 
 
@@ -58,7 +63,7 @@ def list_names(kind: Kind = None, as_json: Json = False) -> None:
 
 
 def rows_of(kind: str) -> list[dict[str, Any]]:
-    """One row per name of a kind: its card and, for attacks, what they know and which norms they have."""
+    """One row per name of a kind: its card and, for attacks, norms, knowledge, paper and class of cost."""
     if kind == "models":
         return _models()
     if kind == "suites":
@@ -74,7 +79,14 @@ def _row(registry: Registry, name: str) -> dict[str, Any]:
         row["norms"] = list(item.norms)
     if hasattr(item, "knowledge"):
         row["knowledge"] = item.knowledge
+    if hasattr(item, "passes"):
+        row |= {"paper": ", ".join(_PAPER.findall(row["card"])), "cost": _cost_class(item.passes())}
     return row
+
+
+def _cost_class(passes: float) -> str:
+    """What a sample that survives costs at default settings: model passes, a gradient counting as three."""
+    return next((name for limit, name in COSTS if passes <= limit), "high")
 
 
 def _models() -> list[dict[str, Any]]:
@@ -98,7 +110,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "card"))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("card", "paper")))
     for column in columns:
         table.add_column(title if column == "name" else column, no_wrap=column == "name")
     table.add_column("what it is", overflow="fold")

@@ -1,0 +1,152 @@
+"""The catalogue against peers, the papers' points, and the curves: their code on tiny work, and their records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from robust.attacks import get
+from robust.classifier import Classifier
+from robust.errors import ConfigError
+from robust.experiments.benchmarks import catalogue, rivals
+from robust.experiments.benchmarks.catalogue import Catalogue, Family
+from robust.experiments.benchmarks.harness import WrongResult
+from robust.experiments.benchmarks.rivals import Task
+from robust.experiments.catalogue.curves import contestants, draw, grid, measure
+from robust.experiments.catalogue.points import POINTS, Subject
+from robust.threat import L2
+from tests.experiments.bench_parts import copied, subject, work
+
+FAMILIES = {
+    "deepfool": Family("deepfool", Task("l2", steps=20)),
+    "square": Family("square", Task("linf", queries=30, eps=0.2), success=True),
+    "hopskipjump": Family("hopskipjump", Task("l2"), blind=True),
+}
+
+
+def near(module: Any, task: Task) -> Any:
+    """A fake peer that is as good as ours."""
+    attack = get("deepfool")(threat=L2(), steps=20)
+    return lambda x, y: attack(Classifier(module), x, y, precision="original")
+
+
+def idle(module: Any, task: Task) -> Any:
+    """A fake peer that asks once and changes nothing."""
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        module(x)
+        return x.clone()
+
+    return run
+
+
+def fails(module: Any, task: Task) -> Any:
+    """A fake peer that cannot run."""
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        raise ValueError("no such thing\nas this")
+
+    return run
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake libraries in the places of the real ones."""
+    table = {
+        "deepfool": {"foolbox": near, "torchattacks": idle, "art": fails},
+        "square": {"torchattacks": idle},
+        "hopskipjump": {"foolbox": idle},
+    }
+    monkeypatch.setattr(rivals, "RIVALS", table)
+    monkeypatch.setattr(catalogue, "RIVALS", table)
+    here = {name: object() for name in ("foolbox", "torchattacks", "art")}
+    monkeypatch.setattr(catalogue, "available", lambda *_: (here, {}))
+
+
+@pytest.mark.usefixtures("peers")
+def test_every_family_is_compared_with_the_best_peer_at_equal_steps_or_queries() -> None:
+    record = copied(Catalogue(families=FAMILIES).record(work()))
+    deepfool = record["families"]["deepfool"]
+    assert deepfool["best"] == "foolbox"
+    assert deepfool["contestants"]["ours"]["median"] == pytest.approx(
+        deepfool["contestants"]["foolbox"]["median"], rel=1e-3
+    )
+    assert abs(deepfool["excess"]) < 1e-3
+    assert deepfool["contestants"]["torchattacks"]["median"] is None
+    assert deepfool["faster"] > 0
+    assert record["skipped"] == {"deepfool/art": "deepfool: art fails: no such thing"}
+    square = record["families"]["square"]
+    assert square["contestants"]["ours"]["success"] >= square["contestants"]["torchattacks"]["success"] == 0
+    assert record["families"]["hopskipjump"]["queries"] == 1, "as few as the most frugal peer"
+    assert record["families"]["hopskipjump"]["contestants"]["ours"]["asked"] <= 1
+    heads, rows = Catalogue().table(record)
+    assert all(len(row) == len(heads) for row in rows)
+    assert [row[0] for row in rows] == list(FAMILIES)
+
+
+@pytest.mark.usefixtures("peers")
+def test_only_picks_families_and_libraries() -> None:
+    record = Catalogue(families=FAMILIES).record(work(only=("deepfool",)))
+    assert list(record["families"]) == ["deepfool"]
+    with pytest.raises(ConfigError, match="no peer 'x'"):
+        Catalogue().record(work(only=("x",)))
+
+
+@pytest.mark.usefixtures("peers")
+def test_a_lie_of_ours_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    from robust.attacks.base import Attack
+    from robust.attacks.trial import Trial
+
+    def finish(self: Trial) -> tuple[Tensor, Tensor]:
+        return self.x, torch.ones(len(self.x), dtype=torch.bool)
+
+    monkeypatch.setattr(Trial, "finish", finish)
+    assert issubclass(get("deepfool"), Attack)
+    with pytest.raises(WrongResult, match="denied by the plain model"):
+        Catalogue(families={"deepfool": FAMILIES["deepfool"]}).record(work(only=("torchattacks",)))
+
+
+def test_every_family_and_every_peer_s_family_exists() -> None:
+    assert set(rivals.RIVALS) >= set(catalogue.FAMILIES)
+    for family in catalogue.FAMILIES.values():
+        kind = get(family.attack)
+        assert family.task.norm in kind.norms
+        assert set(family.fields) <= set(kind.__dataclass_fields__)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Subject:
+    """The shipped model on a few samples that it classifies correctly."""
+    clf, x, y = subject(6)
+    right = clf.logits(x).argmax(1) == y
+    return Subject(clf, x[right], y[right])
+
+
+@pytest.mark.parametrize(
+    "name", ["ead-sparser-than-cw", "sigma-zero-against-jsma", "superdeepfool-against-deepfool"]
+)
+def test_a_point_is_measured(name: str, digits: Subject) -> None:
+    facts = POINTS[name](digits)
+    assert isinstance(facts["holds"], bool)
+    assert len(facts) >= 3
+    assert "arXiv:" in (POINTS[name].__doc__ or "")
+
+
+def test_a_curve_is_measured_and_drawn(digits: Subject, tmp_path: Any) -> None:
+    assert grid(1000)[0] == 1
+    assert grid(1000)[-1] == 1000
+    assert {"square", "nes"} <= set(contestants("score", "linf"))
+    assert {"hopskipjump", "rays"} <= set(contestants("decision", "linf"))
+    panels = []
+    for knowledge, name, eps in (("score", "square", 0.2), ("decision", "hopskipjump", None)):
+        curve = measure(digits, name, "linf", eps, 60)
+        assert curve["success"] == sorted(curve["success"])
+        assert curve["asked"] <= 61 * len(digits.x)
+        panels += 2 * [{"knowledge": knowledge, "norm": "linf", "eps": eps, "curves": {name: curve}}]
+    draw(panels, tmp_path / "curves.svg")
+    text = (tmp_path / "curves.svg").read_text()
+    assert "hopskipjump" in text
+    assert text.startswith("<?xml")
