@@ -71,9 +71,23 @@ def run_rule(rule: Rule, trial: Trial, jobs: Jobs) -> None:
     engine = _Engine(rule, trial, jobs)
     try:
         engine.run()
+        _repeat_denied(rule, trial, jobs)
     except BudgetExceeded:
         engine.flush()
         trial.note("budget_spent", 1)
+
+
+def _repeat_denied(rule: Rule, trial: Trial, jobs: Jobs) -> None:
+    """Where the original denies the smallest perturbation that a twin found, the original itself searches."""
+    if trial.until != "smallest" or trial.twin is None:
+        return
+    found = trial.hit.clone()
+    trial.recheck()
+    denied = found & ~trial.hit
+    if bool(denied.any()):
+        trial.note("twin_denied", int(denied.sum()))
+        trial.twin = None
+        _Engine(rule, trial, jobs.take(denied[jobs.row].nonzero()[:, 0])).run()
 
 
 def _resolve(rule: Rule, trial: Trial, jobs: Jobs) -> str:
@@ -233,6 +247,10 @@ class _Engine:
         better = self._better(hit, sure, score) & ~over
         if waits and trial.twin is not None and trial.until != "strongest":
             claims = better & hit & self.seats.active.to(better.device)  # what pads the batch claims nothing
+            if (
+                trial.until == "smallest"
+            ):  # a search goes on whatever the original says; it is asked at the end
+                claims &= ~sure
             hit, sure = trial.confirm(claims, state["row"], x, hit, sure)
             better = self._better(hit, sure, score) & ~over
         if not waits or bool(better.any()):

@@ -18,6 +18,10 @@ ESTIMATE, REACH, REFINE = 2, 3, 4
 # How far along the normal the boundary is looked for, side by side, beside the distance so far.
 _REACHES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.5, 5.0)
 _PER_ITERATION = 25  # queries for reaching the boundary, of an iteration
+_FEWEST, _MOST_ITERATIONS = (
+    15,
+    50,
+)  # probes of the first iteration, where the number of iterations is not given
 
 
 def allocation(queries: int, iterations: int, ratio: float) -> list[int]:
@@ -25,6 +29,14 @@ def allocation(queries: int, iterations: int, ratio: float) -> list[int]:
     weights = [ratio ** (-2 * i / 3) for i in range(iterations)]
     left = max(queries - iterations * _PER_ITERATION, queries // 2)
     return [max(1, int(left * weight / sum(weights))) for weight in weights]
+
+
+def plan_of(queries: int, iterations: int | None, ratio: float) -> list[int]:
+    """The allocation; without a number of iterations, to as many as leave the first one enough probes."""
+    if iterations is not None:
+        return allocation(queries, iterations, ratio)
+    plans = (allocation(queries, count, ratio) for count in range(_MOST_ITERATIONS, 1, -1))
+    return next((plan for plan in plans if plan[0] >= _FEWEST), allocation(queries, 1, ratio))
 
 
 class GeoDARule(DecisionRule):
@@ -35,7 +47,7 @@ class GeoDARule(DecisionRule):
     between the last that is not adversarial and the first that is.
     """
 
-    width = 25
+    width = _FEWEST
     tolerance = 2e-5
 
     def __init__(self, setting: Setting, queries: int, plan: list[int], sigma: float, share: float) -> None:
@@ -130,7 +142,7 @@ class GeoDA(DecisionAttack):
     the image, at least ten of each.
 
     Attributes:
-        iterations: estimates of the normal, None for one per 150 queries, at least 3.
+        iterations: estimates of the normal, None for as many as leave the first one 15 probes.
         ratio: λ, by which the boundary's distance shrinks per iteration, in (0, 1]: it fixes the probes of each.
         sigma: step of the probes' frequencies, as a share of the box's width.
         share: lowest frequencies of each axis that noise is made of, in (0, 1].
@@ -144,11 +156,13 @@ class GeoDA(DecisionAttack):
 
     def rule(self, setting: Setting) -> GeoDARule:
         """See `DecisionAttack.rule`."""
-        rounds = max(3, round(self.queries / 150)) if self.iterations is None else self.iterations
-        if rounds < 1 or not (0 < self.ratio <= 1 and 0 < self.share <= 1 and self.sigma > 0):
+        rounds = self.iterations
+        if (rounds is not None and rounds < 1) or not (
+            0 < self.ratio <= 1 and 0 < self.share <= 1 and self.sigma > 0
+        ):
             raise RobustError(
                 f"iterations={rounds}, ratio={self.ratio}, share={self.share}, sigma={self.sigma}: "
                 "at least 1, in (0, 1], in (0, 1], and positive"
             )
-        plan = allocation(self.queries, rounds, self.ratio)
+        plan = plan_of(self.queries, rounds, self.ratio)
         return GeoDARule(setting, self.queries, plan, self.sigma, self.share)

@@ -23,7 +23,8 @@ from robust.losses import get as get_loss
 from robust.oracle import Oracle
 from robust.targets import named_targets
 from robust.threat import L2, Linf
-from tests.contracts.subjects import make, small
+from robust.twin import make_twin
+from tests.contracts.subjects import SmallNet, make, small
 
 
 class Scatter(PhasedRule):
@@ -230,3 +231,30 @@ def test_every_attack_says_what_it_costs_and_what_it_knows(name: str) -> None:
         if field in fields:
             assert kind.passes(**{field: 4000}) > kind.passes(**{field: 2})
             break
+
+
+@pytest.mark.parametrize("name", ["ddn", "fmn", "fab", "deepfool"])
+def test_the_original_searches_itself_where_it_denies_a_twin_s_smallest_perturbation(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clf, x, y = small()
+    torch.manual_seed(1)
+    other = SmallNet().eval()
+    other.load_state_dict(clf.module.state_dict())
+    with torch.no_grad():
+        other.linear.bias += torch.tensor(
+            [0.02, -0.02, 0.01, 0.0, -0.01]
+        )  # another boundary than the original's
+
+    def lying(model: Classifier, points: Tensor, dtype: torch.dtype) -> Any:
+        twin = make_twin(Classifier(clf.module), points, dtype)
+        assert twin is not None
+        twin.module = make_twin(Classifier(other), points, dtype).module  # type: ignore[union-attr]
+        return twin
+
+    monkeypatch.setattr("robust.attacks.trial.make_twin", lying)
+    attack = get(name)(threat=L2(), steps=30)
+    result = attack.run(clf, x, y, precision="float32")
+    assert result.notes["twin_denied"] > 0
+    assert torch.equal(result.success, clf.logits(result.x_adv).argmax(1) != y)
+    assert bool(result.success.all())

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from robust.attacks import get
 from robust.classifier import Classifier
+from robust.digest import read_json
 from robust.errors import ConfigError
 from robust.experiments.benchmarks import catalogue, rivals
 from robust.experiments.benchmarks.catalogue import Catalogue, Family
-from robust.experiments.benchmarks.harness import WrongResult
+from robust.experiments.benchmarks.harness import RESULTS, WrongResult
 from robust.experiments.benchmarks.rivals import Task
+from robust.experiments.catalogue import page
 from robust.experiments.catalogue.curves import contestants, draw, grid, measure
 from robust.experiments.catalogue.points import POINTS, Subject
 from robust.threat import L2
@@ -150,3 +152,34 @@ def test_a_curve_is_measured_and_drawn(digits: Subject, tmp_path: Any) -> None:
     text = (tmp_path / "curves.svg").read_text()
     assert "hopskipjump" in text
     assert text.startswith("<?xml")
+
+
+def test_the_readme_says_what_the_records_say() -> None:
+    text = page.README.read_text(encoding="utf-8")
+    assert page.fill(text) == text
+
+
+@pytest.mark.parametrize("stem", ["points", "curves"])
+def test_a_record_names_its_conditions(stem: str) -> None:
+    record = read_json(page.FOLDER / f"{stem}.json")
+    parts = record["points"].values() if stem == "points" else [record]
+    for part in parts:
+        assert part["commit"]
+        assert part["versions"]["torch"]
+        assert part["device"]["name"]
+    if stem == "points":
+        assert set(record["points"]) == set(POINTS)
+        for facts in record["points"].values():
+            assert facts["claim"].endswith(".")
+    else:
+        named = {name for panel in record["panels"] for name in panel["curves"]}
+        assert named >= {"square", "nes", "bandits", "rays", "hopskipjump", "boundary", "sign-opt"}
+
+
+def test_every_family_has_its_row_in_a_record() -> None:
+    records = [read_json(path) for path in RESULTS.glob("catalogue*.json")]
+    rows = {name: one for record in records for name, one in record["families"].items()}
+    assert set(rows) == set(catalogue.FAMILIES)
+    for name, one in rows.items():
+        assert one["best"] in one["contestants"], name
+        assert one["faster"] > 0

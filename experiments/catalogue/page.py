@@ -1,0 +1,96 @@
+"""The README's part that is made from the records: ``python -m robust.experiments.catalogue.page [--write]``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from robust.digest import read_json, write_atomic
+from robust.experiments.benchmarks.tables import markdown
+
+FOLDER = Path(__file__).parent
+README = FOLDER / "README.md"
+BEGIN, END = "<!-- records: begin -->", "<!-- records: end -->"
+_ABOUT = ("claim", "holds", "seconds", "commit", "date", "device", "versions")
+
+
+def points_table(record: Mapping[str, Any]) -> str:
+    """One row per point: the claim, what was measured, and whether it holds."""
+    rows = []
+    for name, facts in record["points"].items():
+        measured = ", ".join(f"{key} {_number(value)}" for key, value in facts.items() if key not in _ABOUT)
+        rows.append(
+            [f"`{name}`", facts["claim"], measured, "yes" if facts["holds"] else "**no**", facts["commit"]]
+        )
+    subject = record["subject"]
+    about = (
+        f"{subject['model']}, the {subject['correct']} of {subject['n']} samples that it classifies correctly"
+    )
+    return f"{about}; medians:\n\n" + markdown(["point", "claim", "measured", "holds", "commit"], rows)
+
+
+def curves_table(record: Mapping[str, Any]) -> str:
+    """One row per black-box attack: success or distance at some numbers of queries."""
+    wanted = [q for q in (10, 100, 300, 1000, 3000) if q <= record["queries"]]
+    blocks = []
+    for panel in record["panels"]:
+        fixed = panel["eps"] is not None
+        radius = f" {255 * panel['eps']:.3g}/255" if fixed and panel["norm"] == "linf" else ""
+        radius = f" {panel['eps']:.3g}" if fixed and panel["norm"] != "linf" else radius
+        what = f"share broken within {panel['norm']}{radius}" if fixed else f"median {panel['norm']}"
+        rows = []
+        for name, curve in panel["curves"].items():
+            at = [max(k for k, q in enumerate(curve["queries"]) if q <= limit) for limit in wanted]
+            values = curve["success" if fixed else "distance"]
+            rows.append([f"`{name}`", *(_number(values[k]) for k in at)])
+        heads = [f"{panel['knowledge']}-based, {what} at queries", *map(str, wanted)]
+        blocks.append(markdown(heads, rows))
+    subject = record["subject"]
+    about = (
+        f"{subject['model']}, {subject['correct']} correct samples, {record['commit']}, {record['date'][:10]}"
+    )
+    return f"{about}:\n\n![curves](curves.svg)\n\n" + "\n\n".join(blocks)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def section() -> str:
+    """All that the records say."""
+    blocks = []
+    for heading, stem, table in (
+        ("The papers' points", "points", points_table),
+        ("Curves against queries", "curves", curves_table),
+    ):
+        place = FOLDER / f"{stem}.json"
+        body = table(read_json(place)) if place.exists() else "no record yet"
+        blocks.append(f"## {heading}\n\n{body}")
+    return "\n\n".join(blocks)
+
+
+def fill(text: str) -> str:
+    """The README's text with the present records between its marks."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n\n{section()}\n\n{END}{tail}"
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the part; with ``--write`` it replaces the README's."""
+    if arguments not in ([], ["--write"]):
+        print("usage: python -m robust.experiments.catalogue.page [--write]", file=sys.stderr)
+        return 2
+    if arguments:
+        write_atomic(README, fill(README.read_text(encoding="utf-8")).encode())
+    else:
+        print(section())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
