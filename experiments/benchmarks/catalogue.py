@@ -1,11 +1,16 @@
-"""The catalogue against the peers: every family of attacks at equal steps or queries, its strength before its speed."""
+"""The catalogue against the peers: every family of attacks at equal steps or queries, its strength before its speed.
+
+``python -m robust.experiments.benchmarks.catalogue OUT PART …`` joins records of some families each into one.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +19,8 @@ from torch import Tensor
 from robust.attacks import Attack
 from robust.attacks.base import Result
 from robust.classifier import Classifier, clear, misclassified
-from robust.errors import first_line
+from robust.digest import read_json, write_json
+from robust.errors import RunError, first_line
 from robust.experiments.benchmarks.harness import (
     Benchmark,
     Contestant,
@@ -299,3 +305,28 @@ class _Bout:
         excess = ours - floor if self.family.success else ours / floor - 1 if 0 < floor < math.inf else 0.0
         a, b = (statistics.median(timings[name]["seconds"]) for name in (OURS, best))
         return {"excess": excess, "faster": b / a}
+
+
+def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One record of all families, from records of some each that were made by one commit on one machine.
+
+    Raises:
+        RunError: their conditions differ, or a family stands in two.
+    """
+    whole = {**parts[0], "families": {}, "skipped": {}}
+    for part in parts:
+        for key in ("benchmark", "commit", "device", "versions", "settings", "model"):
+            if part[key] != whole[key]:
+                raise RunError(f"the records' {key} differ: {whole[key]} and {part[key]}")
+        if again := whole["families"].keys() & part["families"].keys():
+            raise RunError(f"{', '.join(sorted(again))}: in two of the records")
+        whole["families"] |= part["families"]
+        whole["skipped"] |= part["skipped"]
+        whole["date"] = max(whole["date"], part["date"])
+    whole["families"] = {name: whole["families"][name] for name in FAMILIES if name in whole["families"]}
+    return whole
+
+
+if __name__ == "__main__":
+    out, *names = sys.argv[1:]
+    write_json(Path(out), merge([read_json(Path(name)) for name in names]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -219,6 +221,13 @@ def test_targets_by_name_are_wrong_classes_and_keyed() -> None:
     labels = Oracle(clf, answers="labels", classes=5)
     with pytest.raises(RobustError, match="gives labels"):
         get("square")(threat=Linf(0.3), queries=5).run(labels, x, y, targets="second")
+
+
+def test_the_readme_names_every_attack() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Attacks")[2].partition("## ")[0]
+    named = {word for cell in re.findall(r"`([^`]+)`", section) for word in cell.split()}
+    assert set(REGISTRY) <= named
 
 
 @pytest.mark.parametrize("name", list(REGISTRY))

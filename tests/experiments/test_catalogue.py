@@ -11,7 +11,7 @@ from torch import Tensor
 from robust.attacks import get
 from robust.classifier import Classifier
 from robust.digest import read_json
-from robust.errors import ConfigError
+from robust.errors import ConfigError, RunError
 from robust.experiments.benchmarks import catalogue, rivals
 from robust.experiments.benchmarks.catalogue import Catalogue, Family
 from robust.experiments.benchmarks.harness import RESULTS, WrongResult
@@ -109,6 +109,19 @@ def test_a_lie_of_ours_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> No
     assert issubclass(get("deepfool"), Attack)
     with pytest.raises(WrongResult, match="denied by the plain model"):
         Catalogue(families={"deepfool": FAMILIES["deepfool"]}).record(work(only=("torchattacks",)))
+
+
+def test_records_of_some_families_each_are_joined_if_their_conditions_are_one() -> None:
+    head = {key: key for key in ("benchmark", "commit", "device", "versions", "settings", "model")}
+    one = {**head, "date": "2", "families": {"square": 1}, "skipped": {}}
+    two = {**head, "date": "1", "families": {"deepfool": 2}, "skipped": {"x": "y"}}
+    whole = catalogue.merge([one, two])
+    assert list(whole["families"].items()) == [("deepfool", 2), ("square", 1)]
+    assert (whole["date"], whole["skipped"]) == ("2", {"x": "y"})
+    with pytest.raises(RunError, match="square: in two"):
+        catalogue.merge([one, one])
+    with pytest.raises(RunError, match="commit differ"):
+        catalogue.merge([one, {**two, "commit": "other"}])
 
 
 def test_every_family_and_every_peer_s_family_exists() -> None:
