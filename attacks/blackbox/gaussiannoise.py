@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robust.attacks.blackbox.decision import DecisionAttack
 from robust.attacks.blackbox.noises import NoiseRule
+from robust.attacks.phases import Rows
 from robust.attacks.rule import Setting
 from robust.errors import UnknownName
 from robust.rng import Draws
@@ -29,6 +30,14 @@ class AdditiveNoiseRule(NoiseRule):
         unit = draws.normal(*shape) if self.noise == "gaussian" else 2 * draws.uniform(*shape) - 1
         low, high = self.setting.bounds
         return x[:, None] + (high - low) * amounts[:, :, None, None, None] * unit.to(x)
+
+    def propose(self, phase: int, rows: Rows) -> Tensor:
+        """See `PhasedRule.propose`; noise beyond a finite radius is taken to its edge: outside it would be in vain."""
+        points, ball = super().propose(phase, rows), self.setting.threat
+        if "eps" in rows:
+            ball = ball.with_eps(rows["eps"].repeat_interleave(self.width))
+        x = rows["x"].repeat_interleave(self.width, 0)
+        return ball.project(points.flatten(0, 1), x, self.setting.bounds).view_as(points)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,8 @@ ESTIMATE, REACH, REFINE = 2, 3, 4
 # How far along the normal the boundary is looked for, side by side, beside the distance so far.
 _REACHES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.5, 5.0)
 _PER_ITERATION = 25  # queries for reaching the boundary, of an iteration
-_FEWEST, _MOST_ITERATIONS = (
-    15,
-    50,
-)  # probes of the first iteration, where the number of iterations is not given
+_FEWEST = 8  # probes of the first iteration, where the number of iterations is not given
+_MOST_ITERATIONS = 50
 
 
 def allocation(queries: int, iterations: int, ratio: float) -> list[int]:
@@ -47,7 +45,7 @@ class GeoDARule(DecisionRule):
     between the last that is not adversarial and the first that is.
     """
 
-    width = _FEWEST
+    width = len(_REACHES)
     tolerance = 2e-5
 
     def __init__(self, setting: Setting, queries: int, plan: list[int], sigma: float, share: float) -> None:
@@ -142,7 +140,7 @@ class GeoDA(DecisionAttack):
     the image, at least ten of each.
 
     Attributes:
-        iterations: estimates of the normal, None for as many as leave the first one 15 probes.
+        iterations: estimates of the normal, None for as many as leave the first one 8 probes.
         ratio: λ, by which the boundary's distance shrinks per iteration, in (0, 1]: it fixes the probes of each.
         sigma: step of the probes' frequencies, as a share of the box's width.
         share: lowest frequencies of each axis that noise is made of, in (0, 1].

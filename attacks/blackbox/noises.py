@@ -11,6 +11,7 @@ from robust.rng import Draws
 from robust.threat import Bounds
 
 _LANES = 20
+_LEAST = 0.5  # of the smallest amount that has misled
 
 
 def salt_and_pepper(draws: Draws, x: Tensor, amounts: Tensor, bounds: Bounds) -> Tensor:
@@ -25,11 +26,11 @@ def salt_and_pepper(draws: Draws, x: Tensor, amounts: Tensor, bounds: Bounds) ->
 def amounts_below(most: Tensor, misled: Tensor, count: int) -> Tensor:
     """(B, count) amounts in (0, most]; where noise has misled at `most` (B,), from half of it to just below."""
     share = torch.arange(count, device=most.device)[None] / count
-    return most[:, None] * torch.where(misled[:, None] > 0, 0.5 + share / 2, share + 1 / count)
+    return most[:, None] * torch.where(misled[:, None] > 0, _LEAST + (1 - _LEAST) * share, share + 1 / count)
 
 
 class NoiseRule(PhasedRule):
-    """Fresh noise at amounts from nothing to all; once some misleads, at amounts from half of the smallest to it."""
+    """Fresh noise at amounts from nothing to all; once some misleads, at amounts a little below the smallest."""
 
     width = _LANES
 

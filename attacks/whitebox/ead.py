@@ -97,7 +97,8 @@ class EAD(PenaltyAttack):
         initial_c: the first weight c of the model's part; tenfold until a phase succeeds, then bisected.
         confidence: the margin κ that the search aims at, at least 0. In "smallest" the nearest adversarial point
             counts whatever its margin is; in "strongest" the point of the largest margin.
-        abort_early: end a phase that has not succeeded when its objective has come to rest.
+        patience: looks, ten a phase, at which the objective may have come to rest before a phase that has not succeeded
+            ends; 0 for no such end.
         beta: the weight of ‖δ‖₁, which each step shrinks every coordinate's change by, as a part of the box's width.
         decision: which adversarial point counts as the nearest: "l1": in l1; "en": by ‖δ‖₂² + β‖δ‖₁.
     """

@@ -67,7 +67,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "deepfool": Family("deepfool", Task("l2", steps=50)),
     "deepfool-linf": Family("deepfool", Task("linf", steps=50)),
-    "cw-l2": Family("cw-l2", Task("l2", steps=20, searches=5), {"search_steps": 5}),
+    "cw-l2": Family("cw-l2", Task("l2", steps=20, searches=5), {"search_steps": 5, "patience": 1}),
     "ddn": Family("ddn", Task("l2", steps=100)),
     "fmn-l2": Family("fmn", Task("l2", steps=100)),
     "fmn-linf": Family("fmn", Task("linf", steps=100)),
