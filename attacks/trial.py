@@ -253,6 +253,7 @@ class Trial:
         other._clean = self.clean[rows]
         other.hook, other.precision, other.compiled = self.hook, self.precision, self.compiled
         other.mask, other.begin = targets_of(self.mask, rows), targets_of(self.begin, rows)
+        other.track = None if self.track is None else Track(self.track.mode)
         return other
 
     def absorb(self, rows: Tensor, other: Trial) -> None:
@@ -260,6 +261,8 @@ class Trial:
         self.offer(rows, other.best, other.hit, other.sure, other.score)
         self.queries += other.queries
         self.spent[rows] += other.spent
+        if self.track is not None and other.track is not None:
+            self.track.take(other.track, rows)
         for name, count in other.notes.items():
             self.note(name, count)
 

@@ -30,6 +30,11 @@ class Track:
         """Entries of one turn, (B,) each."""
         self.parts.append({name: value.detach().cpu() for name, value in columns.items()})
 
+    def take(self, other: Track, rows: Tensor) -> None:
+        """The entries of another track, whose sample k is this one's sample rows[k]."""
+        places = rows.cpu()
+        self.parts += [{**part, "sample": places[part["sample"]]} for part in other.parts]
+
     def table(self) -> dict[str, Tensor]:
         """(M,) tensors by name.
 

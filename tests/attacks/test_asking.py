@@ -179,6 +179,9 @@ def test_a_track_tells_loss_gradient_prediction_and_distance_of_every_step() -> 
     assert bool((table["gradient_norm"][own][:6] > 0).all())
     assert table["prediction"][own][-1] >= 0
     assert attack.run(clf, x, y).track is None
+    whole = get("autoattack")(threat=Linf(0.01), version="quick").run(clf, x, y, track="steps").track
+    assert whole is not None
+    assert set(whole.table()["sample"].tolist()) == {1, 2}, "the first was misclassified from the start"
     assert torch.equal(attack.run(clf, x, y).x_adv, result.x_adv)
 
 
