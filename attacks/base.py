@@ -64,9 +64,7 @@ class Attack:
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     minimum_norm: ClassVar[bool] = False
     heuristic: ClassVar[bool] = False  # makes no promise to come near the smallest or strongest perturbation
-    semantic: ClassVar[bool] = (
-        False  # limits its changes by fields of its own; meant for a threat of the whole box
-    )
+    semantic: ClassVar[bool] = False  # limited by fields of its own; meant for a threat of the whole box
 
     def __call__(
         self,

@@ -149,7 +149,7 @@ class _Engine:
         if trial.twin is not None:
             trial.twin.compiling = _repays(rule, trial, len(jobs.row) * self.limit)
         self.seats = Seats(rule, trial, jobs, buckets(trial))
-        smallest = trial.until == "smallest"  # each hit counts there, and is confirmed before the next
+        smallest = trial.until == "smallest"  # the next step follows from each hit
         self.poll = 1 if smallest else POLL.get(trial.x.device.type, 1)
 
     def run(self) -> None:

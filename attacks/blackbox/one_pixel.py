@@ -61,12 +61,7 @@ class OnePixelRule(ScoreRule):
         members, fitness = rows["members"].clone(), rows["fitness"].clone()
         members[line, places] = torch.where(better[:, :, None, None], children, members[line, places])
         fitness[line, places] = torch.where(better, loss, before)
-        following = torch.where(self.left(rows) > 0, rows["phase"], self.DONE)
-        return {"members": members, "fitness": fitness, "next": rows["next"] + self.width, "phase": following}
-
-    def done(self, state: State) -> Tensor:
-        """Rows that have learnt from the last point of their budget."""
-        return state["phase"] == self.DONE
+        return {"members": members, "fitness": fitness, "next": rows["next"] + self.width}
 
     def _block(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """(b, width) places in the population, and (b, width, pixels, 2 + C) what is tried in them."""

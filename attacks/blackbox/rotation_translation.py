@@ -45,12 +45,7 @@ class TransformRule(ScoreRule):
 
     def learn(self, phase: int, rows: Rows, points: Tensor, heard: Heard) -> State:
         """The next block; the engine keeps the best image."""
-        following = torch.where(self.left(rows) > 0, rows["phase"], self.DONE)
-        return {"next": rows["next"] + self.width, "phase": following}
-
-    def done(self, state: State) -> Tensor:
-        """Rows that have asked for their last transformation."""
-        return state["phase"] == self.DONE
+        return {"next": rows["next"] + self.width}
 
     def _moves(self, rows: Rows) -> Tensor:
         """(b, width, 3) angles in degrees, and shifts down and across in pixels."""
