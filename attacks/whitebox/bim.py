@@ -21,5 +21,5 @@ class BIM(GradientAttack):
     step_size: float | None = None
 
     def schedule(self) -> Schedule:
-        """See `GradientAttack.schedule`."""
+        """See `Walk.schedule`."""
         return Schedule(self.steps, 1.0 / max(self.steps, 1), self.step_size)

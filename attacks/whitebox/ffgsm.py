@@ -21,5 +21,5 @@ class FFGSM(GradientAttack):
     step_size: float | None = None
 
     def schedule(self) -> Schedule:
-        """See `GradientAttack.schedule`."""
+        """See `Walk.schedule`."""
         return Schedule(1, 1.25, self.step_size, random_start=True)

@@ -16,7 +16,7 @@ class FGSM(GradientAttack):
     norms: ClassVar[tuple[str, ...]] = ("linf",)
 
     def schedule(self) -> Schedule:
-        """See `GradientAttack.schedule`."""
+        """See `Walk.schedule`."""
         return Schedule(steps=1, relative_step=1.0)
 
 

@@ -23,5 +23,5 @@ class MIFGSM(GradientAttack):
     decay: float = 1.0
 
     def schedule(self) -> Schedule:
-        """See `GradientAttack.schedule`."""
+        """See `Walk.schedule`."""
         return Schedule(self.steps, 1.0 / max(self.steps, 1), self.step_size, decay=self.decay)

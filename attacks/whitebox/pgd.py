@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from robust.attacks.base import Attack
-from robust.attacks.engine import make_jobs, run_rule, setting_of
+from robust.attacks.engine import setting_of
 from robust.attacks.trial import Trial
 from robust.attacks.whitebox.steps import GradientSteps, Schedule
+from robust.attacks.whitebox.walks import Walk
 from robust.errors import RobustError
 from robust.losses import get as get_loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientAttack(Attack):
-    """What the methods that walk along gradients have in common.
+class GradientAttack(Walk):
+    """What the methods that walk along gradients of a loss have in common.
 
     Attributes:
         loss: a name of `robust.losses`.
@@ -23,23 +23,9 @@ class GradientAttack(Attack):
 
     loss: str = "cross-entropy"
 
-    def schedule(self) -> Schedule:
-        """How this method walks."""
-        raise TypeError(f"{type(self).__name__} has no schedule")
-
-    def attack(self, trial: Trial) -> None:
-        """See `Attack.attack`."""
-        schedule = self.schedule()
-        if schedule.steps < 1 or schedule.copies < 1:
-            raise RobustError(f"steps={schedule.steps}, copies={schedule.copies}: each at least 1")
-        if schedule.step_size is not None and not schedule.step_size > 0:
-            raise RobustError(f"step_size={schedule.step_size} must be positive")
-        rule = GradientSteps(setting_of(trial), schedule, get_loss(self.loss), self.loss == "kl")
-        run_rule(rule, trial, make_jobs(trial, self.runs()))
-
-    def runs(self) -> int:
-        """Starts per sample."""
-        return 1
+    def rule(self, trial: Trial) -> GradientSteps:
+        """See `Walk.rule`."""
+        return GradientSteps(setting_of(trial), self.schedule(), get_loss(self.loss), self.loss == "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +50,13 @@ class PGD(GradientAttack):
     copies: int = 1
 
     def schedule(self) -> Schedule:
-        """See `GradientAttack.schedule`."""
+        """See `Walk.schedule`."""
         return Schedule(
             self.steps, 2.5 / max(self.steps, 1), self.step_size, self.random_start, copies=self.copies
         )
 
     def runs(self) -> int:
-        """See `GradientAttack.runs`."""
+        """See `Walk.runs`."""
         if self.restarts < 1:
             raise RobustError(f"restarts={self.restarts} is no search; give at least 1")
         return self.restarts

@@ -36,8 +36,10 @@ class Walk(Attack):
     def attack(self, trial: Trial) -> None:
         """See `Attack.attack`."""
         schedule = self.schedule()
-        if schedule.steps < 1 or self.runs() < 1:
-            raise RobustError(f"steps={schedule.steps}, restarts={self.runs()}: each at least 1")
+        if min(schedule.steps, schedule.copies, self.runs()) < 1:
+            raise RobustError(
+                f"steps={schedule.steps}, copies={schedule.copies}, restarts={self.runs()}: each at least 1"
+            )
         if schedule.step_size is not None and not schedule.step_size > 0:
             raise RobustError(f"step_size={schedule.step_size} must be positive")
         run_rule(self.rule(trial), trial, make_jobs(trial, self.runs(), self.aims(trial)))
