@@ -30,10 +30,17 @@ _WATCH_EVERY = 10
 WORTH_A_TWIN = 5_000  # steps of single rows: what making and checking a twin costs is then a few percent
 
 
-def buckets(trial: Trial) -> list[int]:
-    """Batch sizes for a trial's model and samples, the largest first, from the model's measured footprint."""
+def buckets(trial: Trial, count: int | None = None) -> list[int]:
+    """Batch sizes for a trial's model and samples, the largest first, from the model's measured footprint.
+
+    With `count`, the jobs to come, the largest is no wider than an even share of the batches that they fill: 89 jobs
+    in batches of at most 64 run as two of 48 and not as 64 and 25 padded to 64.
+    """
     found = measure(trial.model, trial.x) if isinstance(trial.model, Classifier) else None
     largest = 32 if found is None else largest_batch(found, trial.x.device)
+    if count:
+        share = -(-count // -(-count // largest))
+        largest = min(largest, max(-(-share // 4) * 4, 4))
     return sorted({largest, max(largest // 4, 4), 4}, reverse=True)
 
 
@@ -146,9 +153,11 @@ class _Engine:
         self.rule, self.trial = rule, trial
         self.limit = rule.steps if limit is None else min(limit, rule.steps)
         self.scouting = False
+        count = int((~trial.finished()[jobs.row]).sum())
         if trial.twin is not None:
             trial.twin.compiling = _repays(rule, trial, len(jobs.row) * self.limit)
-        self.seats = Seats(rule, trial, jobs, buckets(trial))
+            count *= not trial.twin.compiling  # programs are made for few shapes
+        self.seats = Seats(rule, trial, jobs, buckets(trial, count))
         smallest = trial.until == "smallest"  # the next step follows from each hit
         self.poll = 1 if smallest else POLL.get(trial.x.device.type, 1)
 
