@@ -67,7 +67,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "deepfool": Family("deepfool", Task("l2", steps=50)),
     "deepfool-linf": Family("deepfool", Task("linf", steps=50)),
-    "cw-l2": Family("cw-l2", Task("l2", steps=20, searches=5), {"search_steps": 5, "patience": 1}),
+    "cw-l2": Family("cw-l2", Task("l2", steps=20, searches=5), {"search_steps": 5}),
     "ddn": Family("ddn", Task("l2", steps=100)),
     "fmn-l2": Family("fmn", Task("l2", steps=100)),
     "fmn-linf": Family("fmn", Task("linf", steps=100)),
@@ -80,7 +80,9 @@ FAMILIES: Mapping[str, Family] = {
     "jsma": Family("jsma", Task("l0"), targeted=True, samples=10, once=("art", "torchattacks")),
     "hopskipjump": Family("hopskipjump", Task("l2", rounds=5), blind=True),
     "boundary": Family("boundary", Task("l2", queries=1000, rounds=20), blind=True),
-    "square": Family("square", Task("linf", queries=200, eps=2 / 255), success=True),
+    "square": Family(
+        "square", Task("linf", queries=200, eps=2 / 255), {"rescale": True, "until": "broken"}, success=True
+    ),
 }
 
 
@@ -308,19 +310,23 @@ class _Bout:
 
 
 def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One record of all families, from records of some each that were made by one commit on one machine.
+    """One record of all families, from records of some each that were made on one machine.
+
+    Every family says by which commit it was measured; the record's own is that of the first part.
 
     Raises:
         RunError: their conditions differ, or a family stands in two.
     """
     whole = {**parts[0], "families": {}, "skipped": {}}
     for part in parts:
-        for key in ("benchmark", "commit", "device", "versions", "settings", "model"):
+        for key in ("benchmark", "device", "versions", "settings", "model"):
             if part[key] != whole[key]:
                 raise RunError(f"the records' {key} differ: {whole[key]} and {part[key]}")
         if again := whole["families"].keys() & part["families"].keys():
             raise RunError(f"{', '.join(sorted(again))}: in two of the records")
-        whole["families"] |= part["families"]
+        whole["families"] |= {
+            name: {"commit": part["commit"], **facts} for name, facts in part["families"].items()
+        }
         whole["skipped"] |= part["skipped"]
         whole["date"] = max(whole["date"], part["date"])
     whole["families"] = {name: whole["families"][name] for name in FAMILIES if name in whole["families"]}

@@ -147,7 +147,12 @@ RIVALS: Mapping[str, Mapping[str, Build]] = {
     "cw-l2": {
         "foolbox": _foolbox(
             "L2CarliniWagnerAttack",
-            lambda t: {"steps": t.steps, "binary_search_steps": t.searches, "stepsize": 0.01},
+            lambda t: {
+                "steps": t.steps,
+                "binary_search_steps": t.searches,
+                "stepsize": 0.01,
+                "initial_const": 0.01,
+            },
         ),
         "torchattacks": _torchattacks("CW", lambda t: {"steps": t.steps * t.searches, "lr": 0.01}),
         "art": _art(
@@ -156,7 +161,7 @@ RIVALS: Mapping[str, Mapping[str, Build]] = {
                 "max_iter": t.steps,
                 "binary_search_steps": t.searches,
                 "learning_rate": 0.01,
-                "initial_const": 1e-3,
+                "initial_const": 0.01,
                 "batch_size": t.batch,
             },
         ),

@@ -54,6 +54,22 @@ def curves_table(record: Mapping[str, Any]) -> str:
     return f"{about}:\n\n![curves](curves.svg)\n\n" + "\n\n".join(blocks)
 
 
+def masked_table(record: Mapping[str, Any]) -> str:
+    """One row per mask: what each suite leaves, and what the verdict of the gradients alone doubts."""
+    suites = list(next(iter(record["masks"].values())))
+    rows = []
+    for name, found in record["masks"].items():
+        left = [f"{one['robust_accuracy']:.0%}" for one in found.values()]
+        clean = f"{found[suites[0]]['clean_accuracy']:.0%}"
+        rows.append([name, clean, *left, "; ".join(found[suites[0]]["warnings"]) or "none"])
+    heads = ["ResNet-20", "clean", *(f"`{suite}`" for suite in suites), f"doubts of `{suites[0]}`"]
+    about = (
+        f"{record['subject']['model']}, {record['subject']['n']} samples, linf {255 * record['eps']:.3g}/255, "
+        f"{record['commit']}, {record['date']}: accuracy left by each suite"
+    )
+    return f"{about}.\n\n" + markdown(heads, rows)
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return "none"
@@ -65,6 +81,7 @@ def section() -> str:
     blocks = []
     for heading, stem, table in (
         ("The papers' points", "points", points_table),
+        ("Masked gradients", "masked", masked_table),
         ("Curves against queries", "curves", curves_table),
     ):
         place = FOLDER / f"{stem}.json"

@@ -113,16 +113,17 @@ def test_a_lie_of_ours_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_records_of_some_families_each_are_joined_if_their_conditions_are_one() -> None:
-    head = {key: key for key in ("benchmark", "commit", "device", "versions", "settings", "model")}
-    one = {**head, "date": "2", "families": {"square": 1}, "skipped": {}}
-    two = {**head, "date": "1", "families": {"deepfool": 2}, "skipped": {"x": "y"}}
+    head = {key: key for key in ("benchmark", "device", "versions", "settings", "model")}
+    one = {**head, "date": "2", "commit": "new", "families": {"square": {"n": 1}}, "skipped": {}}
+    two = {**head, "date": "1", "commit": "old", "families": {"deepfool": {"n": 2}}, "skipped": {"x": "y"}}
     whole = catalogue.merge([one, two])
-    assert list(whole["families"].items()) == [("deepfool", 2), ("square", 1)]
+    families = [("deepfool", {"commit": "old", "n": 2}), ("square", {"commit": "new", "n": 1})]
+    assert list(whole["families"].items()) == families
     assert (whole["date"], whole["skipped"]) == ("2", {"x": "y"})
     with pytest.raises(RunError, match="square: in two"):
         catalogue.merge([one, one])
-    with pytest.raises(RunError, match="commit differ"):
-        catalogue.merge([one, {**two, "commit": "other"}])
+    with pytest.raises(RunError, match="versions differ"):
+        catalogue.merge([one, {**two, "versions": "other"}])
 
 
 def test_every_family_and_every_peer_s_family_exists() -> None:

@@ -7,34 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from robust import Classifier, Linf, Oracle, Verdict, evaluate, load_data, load_model
+from robust.experiments.catalogue.masked import Rounds, Saturates
 
 EPS = 0.25
-
-
-class Rounds(nn.Module):
-    """A model whose inputs are rounded to five levels: its gradient is zero everywhere."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        logits: Tensor = self.inner((x * 4).round() / 4)
-        return logits
-
-
-class Saturates(nn.Module):
-    """A model whose softmax is a step: the cross-entropy's gradient vanishes in float32."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        logits: Tensor = self.inner(x)
-        return 1e4 * logits
 
 
 @pytest.fixture(scope="module")
