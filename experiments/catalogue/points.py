@@ -77,14 +77,19 @@ def cheaper(subject: Subject) -> dict[str, Any]:
 
 
 def no_larger(subject: Subject) -> dict[str, Any]:
-    """FMN is not above PGD's best eps by binary search, 100 gradients each (Pintor et al. 2021, arXiv:2102.12827)."""
+    """FMN is not above PGD's best eps by binary search, 100 gradients each (Pintor et al. 2021, arXiv:2102.12827).
+
+    As in the paper, FMN's first step is chosen per model; PGD's ten steps are a quarter of each radius.
+    """
     found: dict[str, Any] = {"holds": True}
     for threat, most in ((Linf, 16 / 255), (L2, 2.0)):
-        fmn = subject.run("fmn", threat(), steps=100)
-        pgd = _searched(subject, threat, most)
-        name = threat.norm
-        found |= {f"fmn_{name}": median(fmn.distance, fmn.success), f"pgd_{name}": pgd}
-        found["holds"] &= found[f"fmn_{name}"] <= found[f"pgd_{name}"]
+        name, ours = threat.norm, []
+        for size in (1.0, 0.3):
+            fmn = subject.run("fmn", threat(), steps=100, step_size=size)
+            ours.append(median(fmn.distance, fmn.success))
+            found[f"fmn_{name}_from_{size:g}"] = ours[-1]
+        found[f"pgd_{name}"] = _searched(subject, threat, most)
+        found["holds"] &= min(ours) <= found[f"pgd_{name}"]
     return found
 
 
@@ -209,7 +214,7 @@ def main() -> None:
         begun = time.perf_counter()
         facts = measure(subject)
         took = round(time.perf_counter() - begun, 1)
-        claim = (measure.__doc__ or "").strip()
+        claim = (measure.__doc__ or "").strip().partition("\n")[0]
         facts = {key: None if value == math.inf else value for key, value in facts.items()}
         record["points"][name] = {"claim": claim, **facts, "seconds": took, **conditions(subject.clf.device)}
         record["date"] = dt.datetime.now(dt.UTC).date().isoformat()
