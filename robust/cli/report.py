@@ -130,4 +130,6 @@ def _subject(verdict: Verdict, here: dict[str, Any]) -> options.Subject:
         "endpoint",
     )
     chosen = {**{name: given[name] for name in names}, **here, "n": len(verdict)}
+    if "model" in here:  # which need not be deployed as the other one was
+        chosen |= {"answers": None, "endpoint": None}
     return options.make_subject(**chosen)

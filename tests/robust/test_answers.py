@@ -58,7 +58,9 @@ def test_killed_around_every_single_sending_it_ends_the_same_for_one_batch_more(
             assert repr(resumed.samples) == repr(unbroken.samples), (number, late)
             assert torch.equal(resumed.adversarial, unbroken.adversarial)
             assert backend.points == plain.points + (batch if late else 0)
-            assert resumed.cost["queries"] == plain.points + batch, "in flight is spent, whether it arrived or not"
+            assert resumed.cost["queries"] == plain.points + batch, (
+                "in flight is spent, whether it arrived or not"
+            )
             assert resumed.manifest["oracle"]["repeated"] == batch
             assert any(f"{batch} queries were sent again" in line for line in resumed.warnings)
             assert not (out / ANSWERS).exists()
@@ -161,7 +163,9 @@ def test_a_tight_budget_is_never_exceeded_by_resuming(tmp_path: Path) -> None:
     assert ended > 0.7 * len(places)
 
 
-@pytest.mark.parametrize("tail", [b'{"sent": "k", "poi', b'{"answer": "?", "shape": [1]}\n', b"\0" * 64, b"7\n"])
+@pytest.mark.parametrize(
+    "tail", [b'{"sent": "k", "poi', b'{"answer": "?", "shape": [1]}\n', b"\0" * 64, b"7\n"]
+)
 def test_a_torn_or_senseless_tail_is_cut_off(tail: bytes, tmp_path: Path) -> None:
     unbroken, plain = whole()
     backend, out = Elsewhere(SUBJECT.clf, die_at=9), tmp_path / "run"

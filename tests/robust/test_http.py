@@ -85,7 +85,10 @@ def test_scores_over_a_socket_are_the_model_s_bit_for_bit() -> None:
         assert torch.equal(remote.scores(x), local.scores(x))
         assert (remote.bounds, remote.classes, remote.remote) == (clf.bounds, 3, True)
         assert remote.backend.encoding == "base64"
-        assert (remote.cost.queries, server.desk.stats()) == (20, {"points": 20, "requests": 3, "remembered": 0})
+        assert (remote.cost.queries, server.desk.stats()) == (
+            20,
+            {"points": 20, "requests": 3, "remembered": 0},
+        )
     with running(Faulty()) as plain:  # without /info, and nested lists
         oracle = load(plain, bounds=(-1, 2))
         assert torch.equal(oracle.scores(points(3)), points(3).flatten(1)[:, :3])
@@ -95,7 +98,9 @@ def test_scores_over_a_socket_are_the_model_s_bit_for_bit() -> None:
         assert len(keys | {headers["Idempotency-Key"] for headers in plain.headers}) == 2
 
 
-@pytest.mark.parametrize(("name", "answers"), [("square", "scores"), ("hopskipjump", "labels"), ("rays", "labels")])
+@pytest.mark.parametrize(
+    ("name", "answers"), [("square", "scores"), ("hopskipjump", "labels"), ("rays", "labels")]
+)
 def test_an_attack_over_a_socket_is_the_attack_on_the_model(name: str, answers: Any) -> None:
     clf, x, y, _ = linear(n=8, wrong=1)
     attack = get(name)(threat=Linf(0.05), queries=120)
@@ -104,14 +109,16 @@ def test_an_attack_over_a_socket_is_the_attack_on_the_model(name: str, answers: 
         remote = load(server, answers=answers, classes=3)
         found = attack.run(remote, x, y)
         spent = server.desk.stats()["points"]
-    assert 0 < int(local.success.sum())
+    assert int(local.success.sum()) > 0
     assert torch.equal(found.x_adv, local.x_adv)
     assert torch.equal(found.success, local.success)
     assert torch.equal(found.queries, local.queries)
     assert found.cost.queries == local.cost.queries == remote.cost.queries == spent
 
 
-def test_a_verdict_over_a_socket_is_the_verdict_on_the_model_and_can_be_checked_with_it(tmp_path: Path) -> None:
+def test_a_verdict_over_a_socket_is_the_verdict_on_the_model_and_can_be_checked_with_it(
+    tmp_path: Path,
+) -> None:
     clf, x, y, _ = linear(n=12, wrong=1)
     call: dict[str, Any] = {"threat": Linf(0.05), "suite": ["square"], "report": False}
     local = evaluate(Oracle(clf), x, y, **call)
@@ -241,7 +248,10 @@ def test_info_tells_bounds_classes_answers_and_identity() -> None:
         with pytest.raises(ModelError, match=r"takes inputs in \[0.0, 255.0\]; leave out other bounds"):
             load(server, bounds=(-1, 1))
     for info in ({"bounds": [1, 0]}, {"bounds": "all"}, {"bounds": [0, float("nan")]}):
-        with running(Faulty(info=info)) as server, pytest.raises(ModelError, match="says at /info that its bounds"):
+        with (
+            running(Faulty(info=info)) as server,
+            pytest.raises(ModelError, match="says at /info that its bounds"),
+        ):
             load(server)
     with running(Faulty(info=[1, 2])) as server:
         assert load(server).backend.info == {}
@@ -310,7 +320,9 @@ def test_the_secret_is_sent_and_never_shown(
     assert "s3cr3t" not in repr(vars(oracle)) + repr(oracle.backend.describe()) + "".join(capfd.readouterr())
 
 
-def test_a_secret_in_the_place_of_its_name_is_refused_without_repeating_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_in_the_place_of_its_name_is_refused_without_repeating_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name, line in ((SECRET, "never the secret itself"), ("ABSENT_NAME", "ABSENT_NAME is not set")):
         with pytest.raises(RobustError, match=line) as error:
             load_model("http://127.0.0.1:1", endpoint={"auth": name})

@@ -22,7 +22,9 @@ from tests.robust.subjects import linear
 CLF, X, Y, _ = linear(n=6)
 
 
-def ask(server: Server, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, Any], Any]:
+def ask(
+    server: Server, method: str, path: str, body: Any = None, **headers: str
+) -> tuple[int, dict[str, Any], Any]:
     """Status, content and headers of one request."""
     raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     line = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
@@ -175,4 +177,6 @@ def test_whatever_breaks_inside_is_a_line_and_no_traceback(capfd: pytest.Capture
 def test_a_port_in_use_is_one_line() -> None:
     with served(Oracle(CLF)) as server, pytest.raises(RobustError) as error:
         Server(Desk(Oracle(CLF)), port=server.server_port)
-    assert str(error.value).startswith(f"cannot listen on 127.0.0.1:{server.server_port}: Address already in use")
+    assert str(error.value).startswith(
+        f"cannot listen on 127.0.0.1:{server.server_port}: Address already in use"
+    )
