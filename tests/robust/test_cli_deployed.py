@@ -1,4 +1,4 @@
-"""`robust eval`, `attack` and `report` on models that give answers only: files, endpoints, and local ones on request."""
+"""`robust eval`, `attack` and `report` on models that give answers only: files, endpoints, local ones on request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     """The object that a command prints."""
     sys.argv = ["robust", *arguments, "--json"]  # which the manifest notes
     assert run([*arguments, "--json"]) == 0, capsys.readouterr().err
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return found
 
 
