@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from robust.classifier import Classifier
     from robust.data import Data
     from robust.oracle import Oracle
-    from robust.track import TrackMode
+    from robust.track import Curves, TrackMode
 
 _GRID = (
     0,
@@ -200,22 +200,14 @@ def run(
         begin = None
         if targets is not None and examples:
             begin = torch.stack([examples.get(int(t), clean) for t, clean in zip(targets, x, strict=True)])
-        clean = outcome(model, x, y, index, seed, targets)
         with purse.share(len(x), total - rows.stop):
             result = attack.run(
-                model,
-                x,
-                y,
-                targets=targets,
-                seed=seed,
-                index=index,
-                begin=begin,
-                precision=precision,
-                track=track,
-            )
+                model, x, y, targets=targets, seed=seed, index=index, begin=begin, precision=precision, track=track
+            )  # fmt: skip
         if result.track is not None:
             curves.add(result.track)
         purse.note(result.notes)
+        clean = outcome(model, x, y, index, seed, targets)
         after = outcome(model, result.x_adv, y, index, seed)
         standing = [decision.prediction.cpu() == y for decision in (clean, after)]
         success = purse.confirmed(result.success.cpu(), after, targets)
@@ -224,13 +216,13 @@ def run(
     meter(1.0, "done")
     whole = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     found = Found(purse.facts(cost), purse.doubts(), None, purse.whole(cost).to_dict(), *whole)
-    if track is None:
-        return found
-    curve = curves.against_queries(_GRID, int(found.open.sum()))
-    finite = {
-        key: [value if math.isfinite(value) else None for value in column] for key, column in curve.items()
-    }
-    return replace(found, curve=finite)
+    return found if track is None else replace(found, curve=_curve(curves, int(found.open.sum())))
+
+
+def _curve(curves: Curves, total: int) -> dict[str, list[float | None]]:
+    """Success and median distance of `total` samples against queries, as JSON can hold them."""
+    columns = curves.against_queries(_GRID, total).items()
+    return {key: [value if math.isfinite(value) else None for value in column] for key, column in columns}
 
 
 def _aim(target: str, model: Classifier | Oracle, x: Tensor, y: Tensor, seed: int, index: Tensor) -> Tensor:

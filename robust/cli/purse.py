@@ -68,11 +68,11 @@ class OraclePurse(Purse):
 
     @contextmanager
     def share(self, live: int, later: int) -> Iterator[None]:
-        """An equal part for every sample; kept is one look at each afterwards, and two at those to come."""
+        """An equal part for every sample; kept are two looks at each: at the clean point, and at the attacked one."""
         if self.oracle.budget is None:
             yield
             return
-        kept = live + 2 * later
+        kept = 2 * (live + later)
         part = int((self.oracle.left - kept) * live / (live + later))
         with self.oracle.limit(part, kept):
             yield

@@ -69,18 +69,16 @@ def load_model(
         spec: `zoo:NAME` (a shipped model with its weights, or an architecture), `torchvision:NAME` (an architecture),
             `FILE.py:FACTORY` (a callable without arguments that returns a module, or a Classifier, which is taken as
             it is), `exported:FILE.pt2` (saved by `torch.export.save`), `onnx:FILE` (run by ONNX Runtime;
-            `onnx:FILE#NAME` names the output that holds the scores) or the address of an endpoint, `http://…` or
-            `https://…`, which takes what `robust.wire` says, as `robust serve` does. Files of Python and exported
-            programs run.
+            `onnx:FILE#NAME` names the output with the scores) or the address of an endpoint, `http(s)://…`, which
+            takes what `robust.wire` says, as `robust serve` does. Python files and exported programs run.
         weights: a safetensors file or a state dict, which is read with `weights_only=True`; for torchvision also
             "DEFAULT", its own weights, downloaded.
-        mean: of the normalisation inside the classifier, one number or one per channel, in the unit of `bounds`. If
-            neither mean nor std is given, a shipped or downloaded model brings its own.
-        std: likewise.
+        mean, std: of the normalisation inside the model, one number or one per channel, in the unit of `bounds`. If
+            neither is given, a shipped or downloaded model brings its own.
         bounds: the box that inputs live in.
         device: "cpu", "cuda", "cuda:1", ...; the GPU if None and there is one.
-        classes: the number of outputs of an architecture that starts without weights (weights bring their own), or of
-            classes where an oracle gives labels only.
+        classes: the number of outputs of an architecture that starts without weights (weights bring their own), or
+            of classes where an oracle gives labels only.
         fresh: start an architecture from its random initialisation (torch's global generator), for training.
         answers: "scores" or "labels", for an Oracle; an endpoint may say itself what it gives.
         budget: the most queries the Oracle may answer.
@@ -88,21 +86,14 @@ def load_model(
 
     Raises:
         UnknownName: for an unknown kind or name, with the nearest known ones.
-        ModelError: for a model that cannot be found, built or read, and for an absent device.
+        ModelError: for a model that cannot be found, built, read or reached, and for an absent device.
     """
-    from robust.classifier import Classifier
-    from robust.models.sources import Wanted
-
     statistics = _numbers(mean, "mean"), _numbers(std, "std")
     if is_deployed(str(spec)):
         if weights is not None or fresh:
             raise ModelError(f"{spec} has its own weights; leave out weights={weights} and fresh={fresh}")
-        asked: dict[str, Any] = {
-            "answers": answers,
-            "budget": budget,
-            "classes": classes,
-            "bounds": (bounds[0], bounds[1]),
-        }
+        asked: dict[str, Any] = {"answers": answers, "budget": budget, "classes": classes}
+        asked["bounds"] = (float(bounds[0]), float(bounds[1]))
         asked |= {
             "mean": statistics[0],
             "std": statistics[1],
@@ -111,21 +102,34 @@ def load_model(
         return _deployed(str(spec), asked, endpoint)
     if endpoint is not None:
         raise ModelError(f"{spec} is no endpoint; settings of one are for http(s) models")
-    place = find_device(device)
-    wanted = Wanted(Path(weights) if weights is not None else None, classes, fresh)
-    source = _source(str(spec), wanted)
+    clf = _here(str(spec), weights, classes, fresh, statistics, bounds, find_device(device))
+    return _behind(clf, answers, budget, classes)
+
+
+def _here(
+    spec: str,
+    weights: str | os.PathLike[str] | None,
+    classes: int | None,
+    fresh: bool,
+    statistics: tuple[Any, Any],
+    bounds: tuple[float, float],
+    place: torch.device | None,
+) -> Classifier:
+    """The classifier behind a spec of a model that runs in torch."""
+    from robust.classifier import Classifier
+    from robust.models.sources import Wanted
+
+    source = _source(spec, Wanted(Path(weights) if weights is not None else None, classes, fresh))
     if isinstance(source.module, Classifier):
-        clf = _as_it_is(source.module, str(spec), statistics, bounds, place)
-        return _behind(clf, answers, budget, classes)
+        return _as_it_is(source.module, spec, statistics, bounds, place)
     if statistics == (None, None):
         statistics = source.mean, source.std
     if not fresh and source.module.training:
         with suppress(NotImplementedError):  # an exported program has no modes
             source.module.eval()
-    clf = Classifier(
+    return Classifier(
         source.module, bounds=bounds, mean=statistics[0], std=statistics[1], device=place, name=source.name
     )
-    return _behind(clf, answers, budget, classes)
 
 
 def load_classifier(spec: str, **options: Any) -> Classifier:

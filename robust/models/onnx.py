@@ -161,12 +161,12 @@ def _fits(wanted: Shape, sizes: tuple[int, ...]) -> bool:
 
 def _open(path: Path, device: str | None) -> Any:
     """A session; every way in which a file is no model is one line."""
+    if not path.is_file():
+        raise ModelError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give onnx:FILE")
     try:
         import onnxruntime
     except ImportError:
         raise ModelError(f"{path} needs ONNX Runtime: pip install 'robust-toolkit[onnx]'") from None
-    if not path.is_file():
-        raise ModelError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give onnx:FILE")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
