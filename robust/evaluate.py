@@ -149,16 +149,16 @@ class _Run:
     def _group(self, key: str) -> Iterator[Record]:
         """One group of the journal: yields a record that holds, at the end, what the model was asked for."""
         record: Record = {"key": key}
-        before = 0 if self.remote is None else self.remote.repeated
         with _counted(self.plan.model) as cost:
-            if self.remote is not None:
-                self.remote.begin(key, self.journal.groups)
-            yield record
-            if self.remote is not None:
-                self.remote.settle()
+            if self.remote is None:
+                yield record
+            else:
+                with self.remote.group(key, self.journal.groups) as spent:
+                    yield record
+        if self.remote is not None:
+            cost.queries, repeated = spent
+            record |= {"repeated": repeated} if repeated else {}
         record["cost"] = cost.to_dict()
-        if self.remote is not None and self.remote.repeated > before:
-            record["repeated"] = self.remote.repeated - before
 
     def _commit(self, commit: Record, records: list[Record], kept: tuple[Tensor, Tensor]) -> None:
         """Makes a group permanent; what was asked for it need not be known any more."""

@@ -133,6 +133,10 @@ class Oracle:
         self.cost, self.repeated = Cost(), 0
         self.log: AnswerLog | None = None
         self._ceiling, self._kept = float("inf"), 0  # of `limit`
+        self._cut: tuple[Any, tuple[int, int]] = (
+            None,
+            (0, 0),
+        )  # a run's group that ended in an error, its cost
 
     @property
     def classes(self) -> int:
@@ -200,6 +204,8 @@ class Oracle:
         if self.answers == "scores":
             return _best(self.scores(x))
         answer = self._ask(x)
+        if answer.dim() == 2 and len(x):
+            self._classes = answer.shape[1]
         labels = _best(answer) if answer.dim() == 2 else answer.long()
         if self._classes is not None and len(x) and int(labels.max()) >= self._classes:
             raise ModelError(
@@ -267,10 +273,30 @@ class Oracle:
             self.log.answer(key, answer)
         return answer
 
-    def begin(self, group: str, committed: Container[str]) -> None:
-        """Opens the log, if there is one, for a group of a run: see `AnswerLog.begin`."""
-        if self.log is not None:
-            self._lose(self.log.begin(group, committed))
+    @contextmanager
+    def group(self, name: str, committed: Container[str]) -> Iterator[list[int]]:
+        """Opens the log, if there is one, for a group of a run; see `AnswerLog.begin`.
+
+        Yields:
+            A list that holds, at the end, what the group spent, and how much of it on sending points again.
+        """
+        log, found = self.log, [0, 0]
+        spent, repeated = self.cost.queries, self.repeated
+        if log is not None:
+            place, before = self._cut
+            if place == (log.path, name):  # this very oracle was cut off in it, and the log counts that anew
+                self.cost.queries, self.repeated = spent - before[0], repeated - before[1]
+                spent, repeated = self.cost.queries, self.repeated
+            self._lose(log.begin(name, committed))
+        try:
+            yield found
+            self.settle()
+        except BaseException:
+            if log is not None:
+                self._cut = (log.path, name), (self.cost.queries - spent, self.repeated - repeated)
+            raise
+        self._cut = None, (0, 0)
+        found[:] = self.cost.queries - spent, self.repeated - repeated
 
     def settle(self) -> None:
         """Counts what the log holds and was not asked again, as in a run that goes on with other points."""

@@ -240,14 +240,16 @@ def test_a_sending_that_was_refused_costs_nothing_and_one_that_was_lost_costs_tw
 
     oracle = Oracle(Busy(SUBJECT.clf), retries=2)
     oracle.log = AnswerLog(tmp_path)
-    oracle.begin("g", ())
-    first = oracle.scores(SUBJECT.x[:4])
+    with oracle.group("g", ()) as spent:
+        first = oracle.scores(SUBJECT.x[:4])
+    assert spent == [8, 4]
     assert (oracle.cost.queries, oracle.repeated, oracle.asked) == (8, 4, 4)
     assert len(set(oracle.backend.keys)) == 1
     again = Oracle(Busy(SUBJECT.clf))
     again.log = AnswerLog(tmp_path)
-    again.begin("g", ())
-    assert torch.equal(again.scores(SUBJECT.x[:4]), first)
+    with again.group("g", ()) as spent:
+        assert torch.equal(again.scores(SUBJECT.x[:4]), first)
+    assert spent == [8, 4]
     assert (again.cost.queries, again.repeated) == (8, 4), "what was recalled costs what it cost"
     assert again.backend.keys == []
 
@@ -264,6 +266,18 @@ def test_a_sending_again_that_the_budget_does_not_allow_is_not_made() -> None:
     assert oracle.backend.batches == [4, 4]
 
 
+def test_the_same_oracle_may_go_on_after_an_error_and_counts_nothing_twice(tmp_path: Path) -> None:
+    _, plain = whole(60)
+    oracle = Oracle(Elsewhere(SUBJECT.clf, die_at=9), budget=60, batch=4)
+    with pytest.raises(Death):
+        evaluate(oracle, SUBJECT.x, SUBJECT.y, out=tmp_path / "run", **CALL)
+    oracle.scores(SUBJECT.x[:2])  # and something else meanwhile
+    resumed = evaluate(oracle, SUBJECT.x, SUBJECT.y, out=tmp_path / "run", resume=True, **CALL)
+    lost = plain.batches[9]
+    assert resumed.cost["queries"] == plain.points + lost
+    assert oracle.cost.queries == oracle.backend.points == plain.points + lost + 2
+
+
 def test_another_kind_of_answers_is_another_run(tmp_path: Path) -> None:
     with pytest.raises(Death):
         run(Elsewhere(SUBJECT.clf, die_at=3), tmp_path / "run")
@@ -276,7 +290,7 @@ def test_a_full_disk_is_one_line_and_no_reason_to_ask_again(tmp_path: Path) -> N
     backend = Elsewhere(SUBJECT.clf)
     oracle = Oracle(backend)
     oracle.log = AnswerLog(tmp_path)
-    oracle.begin("g", ())
+    oracle.log.begin("g", ())
     oracle.log.path = tmp_path / "no" / "folder"
     with pytest.raises(RunError, match=r"cannot write .*folder: No such file"):
         oracle.scores(SUBJECT.x)
