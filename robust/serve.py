@@ -33,6 +33,7 @@ from robust.wire import ENCODINGS, pack, read_object, unpack
 LARGEST_BODY = 1 << 26  # bytes
 MOST_POINTS = 4096  # in one request
 _REMEMBERED = 1 << 26, 4096  # bytes and number of answers kept for keys that come again
+_LONGEST_KEY = 256
 _IDLE = 60.0  # seconds after which a silent connection is closed
 
 
@@ -98,6 +99,8 @@ class Desk:
 
     def answer(self, raw: bytes, key: str | None) -> bytes:
         """The answer to a batch; one whose key was answered before is not computed, nor counted, again."""
+        if key and len(key) > _LONGEST_KEY:
+            raise Refusal(400, f"an Idempotency-Key of {len(key)} letters; at most {_LONGEST_KEY} are taken")
         question = hashlib.sha256(raw).digest()
         with self.lock:
             known = self._answers.get(key) if key else None

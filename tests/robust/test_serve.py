@@ -122,6 +122,8 @@ def test_the_memory_for_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     for key in "abcde":
         desk.answer(raw, key)
     assert list(desk._answers) == ["c", "d", "e"]
+    with pytest.raises(Refusal, match="257 letters"):
+        desk.answer(raw, "k" * 257)
     monkeypatch.setattr("robust.serve._REMEMBERED", (1, 3))
     desk.answer(raw, "f")
     assert (list(desk._answers), desk._held) == ([], 0)
