@@ -38,12 +38,14 @@ class Decision:
     confidence: Tensor
 
 
-def outcome(model: Classifier | Oracle, x: Tensor, y: Tensor, index: Tensor, seed: int) -> Decision:
+def outcome(
+    model: Classifier | Oracle, x: Tensor, y: Tensor, index: Tensor, seed: int, targets: Tensor | None = None
+) -> Decision:
     """`decide` for a classifier; for an oracle the answers it gives, which count as queries."""
     if isinstance(model, Classifier):
-        return decide(model, x, y, index=index, seed=seed)
+        return decide(model, x, y, targets, index=index, seed=seed)
     prediction = model.labels(x).cpu()
-    hit = prediction != y.cpu()
+    hit = prediction != y.cpu() if targets is None else prediction == targets.cpu()
     known = torch.ones_like(hit)
     return Decision(hit, known, prediction, known, torch.zeros(len(x)))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robust.classifier import Classifier
 from robust.errors import RunError
-from robust.oracle import Oracle
+from robust.oracle import Backend, Oracle
 
 
 def sample_digest(x: Tensor, y: int) -> str:
@@ -31,11 +31,11 @@ def data_digest(samples: list[str]) -> str:
 
 
 def model_digest(model: Classifier | Oracle) -> str:
-    """A classifier's digest, also behind an oracle; of other oracles only the name is known."""
+    """A classifier's digest, also behind an oracle, or what another backend says; of a callable only the name."""
     if isinstance(model, Classifier):
         return model.digest()
     backend = model.backend
-    return backend.digest() if isinstance(backend, Classifier) else f"oracle:{model.name}"
+    return backend.digest() if isinstance(backend, (Classifier, Backend)) else f"oracle:{model.name}"
 
 
 def file_digest(path: Path) -> str:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust.answers import AnswerLog
 from robust.classifier import Classifier, RobustWarning
 from robust.cost import Cost
 from robust.decide import outcome
 from robust.digest import sample_digest
-from robust.errors import RunError
+from robust.errors import BudgetExceeded, RunError
 from robust.finish import finish
 from robust.journal import Journal, Record, require_same, sweep
 from robust.oracle import Oracle
@@ -59,7 +60,8 @@ def evaluate(
         suite: "quick", "standard", "rand", "score", "decision", "full", or attacks' names.
         seed: keys all randomness; the verdict does not depend on interruption or order.
         out: a run folder to write continuously; it must be new, or hold the run to `resume`.
-        resume: go on with the run in `out`; queries of a group that was cut off are not charged to an oracle's budget.
+        resume: go on with the run in `out`. What was sent to a model elsewhere (a `Remote` backend) stays spent, and
+            its answers are used again; other oracles answer a group that was cut off anew, at no charge.
         chunk: samples per journal group; chosen from their size if None.
         precision: "float32": a faster twin of the model (`robust.twin`) answers the attacks; "bfloat16": a bfloat16
             twin scouts before it; "auto": what the run repays; "original": the model answers itself. It never decides.
@@ -96,6 +98,7 @@ def _charge(model: Classifier | Oracle, journal: Journal) -> None:
     """What the journal's groups cost is gone from an oracle's budget, whichever process asked."""
     if isinstance(model, Oracle):
         model.cost.queries = max(model.cost.queries, journal.cost().queries)
+        model.repeated = max(model.repeated, journal.repeated())
 
 
 def _silent(fraction: float, text: str) -> None:
@@ -119,12 +122,49 @@ class _Run:
         self.plan, self.journal, self.progress = plan, journal, progress
         self.steps = plan.steps()
         self.weights = [stage.passes() for _, stage in self.steps]
+        model, out = plan.model, journal.out
+        self.remote = model if isinstance(model, Oracle) and model.remote else None
+        self.log = AnswerLog(out) if self.remote is not None and out is not None else None
 
     def run(self) -> None:
         """Every chunk through every step."""
-        for number in range(self.plan.chunks):
-            self._chunk(number)
+        with self._logged():
+            for number in range(self.plan.chunks):
+                self._chunk(number)
         self.progress(1.0, "done")
+
+    @contextmanager
+    def _logged(self) -> Iterator[None]:
+        """While open, what is sent to a model elsewhere is noted in the run's folder."""
+        if self.remote is None:
+            yield
+            return
+        before, self.remote.log = self.remote.log, self.log
+        try:
+            yield
+        finally:
+            self.remote.log = before
+
+    @contextmanager
+    def _group(self, key: str) -> Iterator[Record]:
+        """One group of the journal: yields a record that holds, at the end, what the model was asked for."""
+        record: Record = {"key": key}
+        with _counted(self.plan.model) as cost:
+            if self.remote is None:
+                yield record
+            else:
+                with self.remote.group(key, self.journal.groups) as spent:
+                    yield record
+        if self.remote is not None:
+            cost.queries, repeated = spent
+            record |= {"repeated": repeated} if repeated else {}
+        record["cost"] = cost.to_dict()
+
+    def _commit(self, commit: Record, records: list[Record], kept: tuple[Tensor, Tensor]) -> None:
+        """Makes a group permanent; what was asked for it need not be known any more."""
+        self.journal.commit(commit, records, *kept)
+        if self.log is not None:
+            self.log.drop()
 
     def _chunk(self, number: int) -> None:
         groups = self.journal.groups
@@ -154,7 +194,7 @@ class _Run:
 
     def _clean(self, key: str, chunk: _Chunk) -> None:
         rows, x, y = chunk.rows, chunk.x, chunk.y
-        with _counted(self.plan.model) as cost:
+        with self._group(key) as group:
             decision = outcome(self.plan.model, x, y, torch.tensor(rows), self.plan.seed)
         records = [
             {
@@ -168,8 +208,8 @@ class _Run:
             }
             for k, i in enumerate(rows)
         ]
-        commit = {"key": key, "attack": "clean", "eps": 0.0, "attempted": len(rows), "broken": 0}
-        self.journal.commit({**commit, "cost": cost.to_dict(), "notes": {}}, records, *_nothing())
+        told = {"attack": "clean", "eps": 0.0, "attempted": len(rows), "broken": 0, "notes": {}}
+        self._commit({**group, **told}, records, _nothing())
 
     def _stage(self, key: str, position: int, chunk: _Chunk, alive: Tensor) -> None:
         """Runs one attack on the chunk's survivors and commits what it broke."""
@@ -178,7 +218,7 @@ class _Run:
         x, y, index = chunk.x[live], chunk.y[live], torch.tensor(chunk.rows)[live]
         records: list[Record] = []
         kept, notes = _nothing(), {}
-        with _counted(self.plan.model) as cost:
+        with self._group(key) as group:
             result = self._attack(position, chunk, x, y, index) if len(live) else None
             if result is not None:
                 notes = result.notes
@@ -186,10 +226,9 @@ class _Run:
             elif len(live):
                 notes = {"budget_spent": 1.0}
         if result is not None and isinstance(self.plan.model, Classifier):
-            cost.queries = result.cost.queries
-        commit = {"key": key, "attack": stage.attack, "eps": float(threat.eps)}
-        commit |= {"attempted": len(live), "broken": len(records), "cost": cost.to_dict(), "notes": notes}
-        self.journal.commit(commit, records, *kept)
+            group["cost"]["queries"] = result.cost.queries
+        told = {"attack": stage.attack, "eps": float(threat.eps), "attempted": len(live)}
+        self._commit({**group, **told, "broken": len(records), "notes": notes}, records, kept)
 
     def _attack(self, position: int, chunk: _Chunk, x: Tensor, y: Tensor, index: Tensor) -> Any:
         """The attack's result on at least one sample; None where an oracle's budget leaves no query for it."""
@@ -200,18 +239,29 @@ class _Run:
         if not isinstance(model, Oracle) or model.budget is None:
             precision = self.plan.precision
             return attack.run(model, x, y, seed=seed, index=index, precision=precision, progress=hook)
-        share = self._share(model, position, chunk, len(x))
+        kept = len(x) + 2 * (
+            len(self.plan.source) - chunk.rows.stop
+        )  # to confirm these, and for those to come
+        share = self._share(model, position, chunk, len(x), kept)
         if share <= len(x):  # an attack first asks for the clean points
             return None
-        with model.limit(share):
-            return attack.run(model, x, y, seed=seed, index=index, progress=hook)
+        try:
+            with model.limit(share, kept):
+                return attack.run(model, x, y, seed=seed, index=index, progress=hook)
+        except BudgetExceeded:  # what had to be sent again left too little even for the clean points
+            return None
 
-    def _share(self, oracle: Oracle, position: int, chunk: _Chunk, live: int) -> int:
-        """The queries that a step may take: an equal part for every sample, and two kept for each to come."""
-        later = len(self.plan.source) - chunk.rows.stop
-        spare = oracle.left - 2 * later - live
-        parts = live * (len(self.steps) - position) + later * len(self.steps)
-        return int(spare * live / parts)
+    def _share(self, oracle: Oracle, position: int, chunk: _Chunk, live: int, kept: int) -> int:
+        """The queries that a step may take: an equal part for every sample of what is not kept for later.
+
+        What was sent twice changes no share, so that a resumed run decides like an unbroken one, while the budget
+        still has room for that.
+        """
+        assert oracle.budget is not None
+        spare = oracle.budget - oracle.asked - kept
+        later = (len(self.plan.source) - chunk.rows.stop) * len(self.steps)
+        share = int(spare * live / (live * (len(self.steps) - position) + later))
+        return min(share, int(oracle.left) - kept)
 
     def _confirm(
         self, stage: Stage, threat: Threat, x: Tensor, y: Tensor, index: Tensor, result: Any

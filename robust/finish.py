@@ -12,7 +12,7 @@ from robust.digest import data_digest, file_digest, write_atomic, write_json
 from robust.doubts import StageFacts, raise_doubts
 from robust.errors import RunError
 from robust.journal import SAMPLES, Journal, stage_table, sweep, total_cost
-from robust.oracle import Oracle
+from robust.oracle import Backend, Oracle
 from robust.plan import Plan, environment
 from robust.registry import room
 from robust.verdict import Samples, Verdict
@@ -76,6 +76,7 @@ def _manifest(plan: Plan, journal: Journal, samples: Samples) -> dict[str, Any]:
         },
         "threat": {"norm": plan.threats[0].norm, "eps": plan.radii},
         "suite": {"name": plan.suite, "stages": describe["stages"]},
+        **_oracle(model, journal),
         "seed": plan.seed,
         "plan": describe,
         "stages": stage_table(journal.commits),
@@ -85,6 +86,15 @@ def _manifest(plan: Plan, journal: Journal, samples: Samples) -> dict[str, Any]:
         **environment(plan),
         "warnings": [],
     }
+
+
+def _oracle(model: Classifier | Oracle, journal: Journal) -> dict[str, Any]:
+    """How an oracle was asked: kind of answers, budget, batch, what its backend says, and queries sent again."""
+    if not isinstance(model, Oracle):
+        return {}
+    asked = {"answers": model.answers, "budget": model.budget, "batch": model.batch}
+    told = model.backend.describe() if isinstance(model.backend, Backend) else {}
+    return {"oracle": {**asked, **told, "repeated": journal.repeated()}}
 
 
 def _classes(model: Classifier | Oracle, samples: Samples) -> int:
@@ -122,8 +132,11 @@ def _doubts(plan: Plan, journal: Journal, verdict: Verdict) -> list[str]:
         stages=_facts(plan, journal),
     )
     if isinstance(model, Oracle):
+        again = journal.repeated()
+        line = f"{again} queries were sent again, since their answers were lost on the way; they count twice"
         return [
             "only the oracle's answers were used: a white-box attack may find a lower robust accuracy",
+            *([line] if again else []),
             *found,
         ]
     return [*model.warnings, *found]

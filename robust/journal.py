@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from robust.answers import ANSWERS
 from robust.cost import Cost
 from robust.digest import flush_folder, read_json, write_atomic, write_json
 from robust.errors import RunError
@@ -212,6 +213,10 @@ class Journal:
         """What all groups took."""
         return total_cost(self.commits)
 
+    def repeated(self) -> int:
+        """Points that all groups sent once more, which their costs hold."""
+        return sum(commit.get("repeated", 0) for commit in self.commits)
+
     def evidence(self) -> tuple[Tensor, Tensor]:
         """Positions (M,) ascending and points (M, C, H, W) of all groups, which break a sample at most once."""
         parts = self._memory if self.out is None else [self._read(shard) for shard in range(self._shards)]
@@ -235,5 +240,6 @@ def sweep(out: Path) -> None:
     shutil.rmtree(out / EVIDENCE, ignore_errors=True)
     with suppress(OSError):
         (out / PLAN).unlink(missing_ok=True)
+        (out / ANSWERS).unlink(missing_ok=True)
         for path in out.glob("*.part"):
             path.unlink()

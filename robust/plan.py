@@ -75,8 +75,10 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """What `--resume` compares."""
+        asked = {"answers": self.model.answers} if isinstance(self.model, Oracle) else {}
         return {
             "model": model_digest(self.model),
+            **asked,
             "data": self.first,
             "n": len(self.source),
             "norm": self.threats[0].norm,

@@ -18,7 +18,7 @@ from robust.data import load_data
 from robust.digest import write_json
 from robust.errors import ConfigError, UnknownName
 from robust.fit import FitResult, Progress, accuracy, fit
-from robust.models import load_model
+from robust.models import load_classifier
 from robust.optimise import Settings
 from robust.recipe import Recipe
 from robust.registry import room
@@ -106,7 +106,7 @@ def new_model(config: TrainConfig, classes: int, weights: Path | None, device: s
     """The model before its first step: keyed first weights, or those of a file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.fit.seed, "init"))
-        return load_model(
+        return load_classifier(
             config.model,
             weights=weights,
             mean=config.mean,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from robust.classifier import Classifier
 from robust.data import load_data
 from robust.digest import write_json
-from robust.models import load_model
+from robust.models import load_classifier
 from robust.threat import Linf
 
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -84,7 +84,7 @@ def run_batch(
 
 def run(arguments: argparse.Namespace) -> None:
     """All parts on all correct samples, written after every batch."""
-    clf = load_model(
+    clf = load_classifier(
         arguments.model, weights=arguments.weights, mean=arguments.mean, std=arguments.std, device="cpu"
     )
     x, y = load_data(arguments.data, n=arguments.n, root=arguments.data_root).tensors()

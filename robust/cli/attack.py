@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robust.cli import options
+from robust.cli import settings as options_of
 from robust.cli.progress import Meter, duration
 from robust.errors import ConfigError, RobustError, ThreatError
 from robust.registry import room
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from robust.classifier import Classifier
     from robust.data import Data
-    from robust.track import TrackMode
+    from robust.oracle import Oracle
+    from robust.track import Curves, TrackMode
 
 _GRID = (
     0,
@@ -83,8 +84,11 @@ class Found:
         success: (N,) bool: the attack's goal is reached.
         open: (N,) bool: it was not reached on the clean point already.
         correct, standing: (N,) bool: the clean, the attacked point is classified correctly.
+        oracle: where only answers are seen, which, and what was spent on what; warnings: doubts.
     """
 
+    oracle: dict[str, Any] | None
+    warnings: list[str]
     curve: dict[str, list[float | None]] | None
     cost: dict[str, float]
     x: Tensor
@@ -114,6 +118,10 @@ def attack_model(
     precision: options.Precision = "auto",
     device: options.Device = None,
     data_root: options.DataRoot = None,
+    answers: options_of.Answers = None,
+    budget: options_of.Budget = None,
+    classes: options_of.Classes = None,
+    endpoint: options_of.Endpoint = None,
     as_json: options.Json = False,
 ) -> None:
     """Run one attack; report its success rate, the distances it needed and what it cost."""
@@ -121,15 +129,19 @@ def attack_model(
     kind = room("attacks").load(name)
     subject = options.make_subject(
         model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
-        device=device, data_root=data_root,
+        device=device, data_root=data_root, answers=answers, budget=budget, classes=classes, endpoint=endpoint,
     )  # fmt: skip
+    if subject.deployed and kind.knowledge == "white":
+        raise ConfigError(
+            f"{name} needs gradients, and of {subject.model} only answers are seen; choose a black-box attack"
+        )
     attack = build(name, kind, settings or [], subject)
     options.check_writable(out)
     with warnings.catch_warnings(), Meter(name, quiet=as_json) as meter:
         options.hush()
-        classifier, samples = subject.load()
-        found = run(attack, classifier, samples, target=target, seed=seed, precision=precision, meter=meter)
-    summary = summarise(name, attack, found, classifier, subject)
+        victim, samples = subject.load()
+        found = run(attack, victim, samples, target=target, seed=seed, precision=precision, meter=meter)
+    summary = summarise(name, attack, found, subject)
     if out is not None:
         summary["out"] = str(out)
         _save(out, found, summary)
@@ -151,29 +163,13 @@ def build(name: str, kind: Any, settings: Sequence[str], subject: options.Subjec
     # The threat has options of its own; what is left are the hyper-parameters, read as a configuration file's are.
     members = [(item.name, hints[item.name], copy(item)) for item in fields(kind) if item.name != "threat"]
     plain: type[Any] = make_dataclass(kind.__name__, members, kw_only=True)
-    chosen = from_mapping(parse_settings(settings), plain, name="--set")
+    chosen = from_mapping(options_of.parse_settings(settings, "--set"), plain, name="--set")
     return kind(threat=subject.threats()[0], **vars(chosen))
-
-
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """``["steps=20", "loss=margin"]`` as a mapping: values as TOML writes them, any other text as it is."""
-    table: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = (part.strip() for part in setting.partition("="))
-        if not equals or not key or not text:
-            raise ConfigError(f"--set: {setting!r} is not KEY=VALUE; write it like steps=20")
-        if key in table:
-            raise ConfigError(f"--set: {key} is given twice")
-        try:
-            table[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            table[key] = text
-    return table
 
 
 def run(
     attack: Any,
-    classifier: Classifier,
+    model: Classifier | Oracle,
     data: Data,
     *,
     target: str | None,
@@ -184,86 +180,101 @@ def run(
     """The attack on all samples, a chunk at a time; their places in the data key the randomness."""
     import torch
 
+    from robust.cli.purse import purse_of
     from robust.cost import Cost
-    from robust.decide import decide
+    from robust.decide import outcome
     from robust.track import Curves
 
     total, cost, curves = len(data), Cost(), Curves()
     track: TrackMode | None = None if attack.knowledge == "white" else "best"
-    examples = _examples(classifier, data) if target is not None and attack.knowledge == "decision" else {}
+    aimed = target is not None and attack.knowledge == "decision"
+    purse = purse_of(model, total, aimed)
+    examples = _examples(model, data) if aimed else {}
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, total, CHUNK):
         meter(start / total, f"{start} of {total} samples")
         rows = range(start, min(start + CHUNK, total))
         x, y = data.batch(rows)
         index = torch.tensor(rows)
-        targets = None if target is None else _aim(target, classifier, x, y, seed, index)
+        targets = None if target is None else _aim(target, model, x, y, seed, index)
         begin = None
         if targets is not None and examples:
             begin = torch.stack([examples.get(int(t), clean) for t, clean in zip(targets, x, strict=True)])
-        result = attack.run(
-            classifier,
-            x,
-            y,
-            targets=targets,
-            seed=seed,
-            index=index,
-            begin=begin,
-            precision=precision,
-            track=track,
-        )
+        with purse.share(len(x), total - rows.stop):
+            result = attack.run(
+                model, x, y, targets=targets, seed=seed, index=index, begin=begin, precision=precision, track=track
+            )  # fmt: skip
         if result.track is not None:
             curves.add(result.track)
-        clean = decide(classifier, x, y, targets, index=index, seed=seed)
-        after = decide(classifier, result.x_adv, y, index=index, seed=seed)
+        purse.note(result.notes)
+        clean = outcome(model, x, y, index, seed, targets)
+        after = outcome(model, result.x_adv, y, index, seed)
         standing = [decision.prediction.cpu() == y for decision in (clean, after)]
-        parts.append((x, result.x_adv.cpu(), y, result.success.cpu(), ~clean.hit.cpu(), *standing))
+        success = purse.confirmed(result.success.cpu(), after, targets)
+        parts.append((x, result.x_adv.cpu(), y, success, ~clean.hit.cpu(), *standing))
         cost = cost + result.cost
     meter(1.0, "done")
     whole = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    found = Found(None, cost.to_dict(), *whole)
-    if track is None:
-        return found
-    curve = curves.against_queries(_GRID, int(found.open.sum()))
-    finite = {
-        key: [value if math.isfinite(value) else None for value in column] for key, column in curve.items()
-    }
-    return replace(found, curve=finite)
+    found = Found(purse.facts(cost), purse.doubts(), None, purse.whole(cost).to_dict(), *whole)
+    return found if track is None else replace(found, curve=_curve(curves, int(found.open.sum())))
 
 
-def _aim(target: str, classifier: Classifier, x: Tensor, y: Tensor, seed: int, index: Tensor) -> Tensor:
+def _curve(curves: Curves, total: int) -> dict[str, list[float | None]]:
+    """Success and median distance of `total` samples against queries, as JSON can hold them."""
+    columns = curves.against_queries(_GRID, total).items()
+    return {key: [value if math.isfinite(value) else None for value in column] for key, column in columns}
+
+
+def _aim(target: str, model: Classifier | Oracle, x: Tensor, y: Tensor, seed: int, index: Tensor) -> Tensor:
     """(N,) the classes that `--target` means for these samples."""
     import torch
 
     from robust.targets import named_targets
 
-    scores = torch.cat([classifier.logits(part) for part in x.split(64)]).cpu()
+    scores = _scores(target, model, x)
     if not target.lstrip("-").isdigit():
         try:
             return named_targets(target, scores, y, seed, index)
         except RobustError as error:
             raise ConfigError(f"--target: {error}") from None
-    if not 0 <= int(target) < classifier.classes:
-        raise ConfigError(
-            f"--target: {target} is no class; the model has the classes 0 to {classifier.classes - 1}"
-        )
+    classes = scores.shape[1]
+    if not 0 <= int(target) < classes:
+        raise ConfigError(f"--target: {target} is no class; the model has the classes 0 to {classes - 1}")
     return torch.full_like(y, int(target))
 
 
-def _examples(classifier: Classifier, data: Data) -> dict[int, Tensor]:
+def _scores(target: str, model: Classifier | Oracle, x: Tensor) -> Tensor:
+    """(N, classes) clean scores, or zeros where nothing but their number is needed, or had."""
+    import torch
+
+    from robust.classifier import Classifier
+
+    if isinstance(model, Classifier):
+        return torch.cat([model.logits(part) for part in x.split(64)]).cpu()
+    if target not in ("second", "least-likely") and model.known_classes is not None:
+        return torch.zeros(len(x), model.known_classes)
+    if model.answers == "labels":
+        raise ConfigError(
+            f"--target: {target} needs scores, and the model gives labels; choose a class or random"
+        )
+    return model.scores(x).cpu()
+
+
+def _examples(model: Classifier | Oracle, data: Data) -> dict[int, Tensor]:
     """The first sample that the model gives each class: where targeted decision-based attacks start from."""
+    from robust.classifier import Classifier
+
     found: dict[int, Tensor] = {}
     for start in range(0, len(data), CHUNK):
         x, _ = data.batch(range(start, min(start + CHUNK, len(data))))
         for part in x.split(64):
-            for label, point in zip(classifier.logits(part).argmax(1).tolist(), part, strict=True):
+            labels = model.logits(part).argmax(1) if isinstance(model, Classifier) else model.labels(part)
+            for label, point in zip(labels.tolist(), part, strict=True):
                 found.setdefault(label, point)
     return found
 
 
-def summarise(
-    name: str, attack: Any, found: Found, classifier: Classifier, subject: options.Subject
-) -> dict[str, Any]:
+def summarise(name: str, attack: Any, found: Found, subject: options.Subject) -> dict[str, Any]:
     """The numbers of the run as one JSON-ready object; distances are medians over the samples it broke."""
     from robust.threat import L2, Linf
 
@@ -290,7 +301,8 @@ def summarise(
         "seconds": round(found.cost["seconds"], 3),
         "curve": found.curve,
         "cost": found.cost,
-        "warnings": list(classifier.warnings),
+        "oracle": found.oracle,
+        "warnings": list(found.warnings),
         "out": None,
     }
 

@@ -128,7 +128,7 @@ def _place(device: str | None) -> Any:
 
 def _load(subject: options.Subject) -> tuple[Classifier, Tensor, Tensor]:
     """The classifier and all its samples."""
-    classifier, data = subject.load()
+    classifier, data = subject.load_classifier()
     return (classifier, *data.batch(range(len(data))))
 
 

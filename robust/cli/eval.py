@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from robust.cli import options
+from robust.cli import options, settings
 from robust.cli.progress import Meter, duration
 from robust.errors import RunError
 
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 
 Suite = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--suite", metavar="SUITE", help="quick, standard, rand, score, or a comma list of attacks."
+        "--suite",
+        metavar="SUITE",
+        help="quick, standard, rand, score, decision, full, or a comma list of attacks. Default: standard; where only "
+        "answers are seen, score, or decision if they are labels.",
+        show_default=False,
     ),
 ]
 Out = Annotated[
@@ -39,7 +43,7 @@ def evaluate_model(
     data: options.DataName = None,
     norm: options.Norm = "linf",
     eps: options.Eps = None,
-    suite: Suite = "standard",
+    suite: Suite = None,
     n: options.Count = 1000,
     seed: options.Seed = 0,
     out: Out = None,
@@ -51,15 +55,20 @@ def evaluate_model(
     precision: options.Precision = "auto",
     device: options.Device = None,
     data_root: options.DataRoot = None,
+    answers: settings.Answers = None,
+    budget: settings.Budget = None,
+    classes: settings.Classes = None,
+    endpoint: settings.Endpoint = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure how robust a model is: clean and robust accuracy, with evidence that others can check."""
     options.check_precision(precision)
     subject = options.make_subject(
         model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
-        device=device, data_root=data_root,
+        device=device, data_root=data_root, answers=answers, budget=budget, classes=classes, endpoint=endpoint,
     )  # fmt: skip
-    _check_suite(suite, subject.norm)
+    suite = suite or (subject.black_box.suite() if subject.deployed else "standard")
+    _check_suite(suite, subject)
     folder = out or _default_out(subject, suite, resume)
     options.check_writable(folder)
     try:
@@ -81,9 +90,9 @@ def _evaluate(
 
     with warnings.catch_warnings(), Meter("loading", quiet=quiet) as meter:
         options.hush()
-        classifier, data = subject.load()
+        model, data = subject.load()
         return evaluate(
-            classifier,
+            model,
             data,
             threat=subject.threats(),
             suite=suite,
@@ -95,11 +104,11 @@ def _evaluate(
         )
 
 
-def _check_suite(suite: str, norm: str) -> None:
-    """An unknown suite or attack, or one without a form for the norm, is refused before a model is loaded."""
+def _check_suite(suite: str, subject: options.Subject) -> None:
+    """An unknown suite or attack, or one that norm or model do not allow, is refused before a model is loaded."""
     from robust.suites import stages
 
-    stages(suite, norm)
+    stages(suite, subject.norm, subject.deployed)
 
 
 def _default_out(subject: options.Subject, suite: str, resume: bool) -> Path:

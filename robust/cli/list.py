@@ -21,7 +21,7 @@ KINDS = {
     "attacks": ("attacks", "evasion: what `robust attack` and `robust eval --suite` run"),
     "suites": ("suites", "lists of attacks that make a verdict"),
     "losses": ("losses", "what gradient attacks maximise"),
-    "models": ("zoo", "MODEL as zoo:NAME"),
+    "models": ("zoo", "MODEL as zoo:NAME, or deployed"),
     "data": ("data", "DATA by name, folder or file"),
     "defenses": ("defenses", "wrappers around a model"),
     "recipes": ("defenses.training", "training methods, for `robust train --recipe`"),
@@ -90,7 +90,8 @@ def _cost_class(passes: float) -> str:
 
 
 def _models() -> list[dict[str, Any]]:
-    """Shipped models first, then the architectures that need weights from a file."""
+    """Shipped models first, then the architectures that need weights from a file, then deployed ones."""
+    from robust.models import DEPLOYED
     from robust.zoo import ENTRIES, REGISTRY
 
     shipped = [
@@ -102,7 +103,12 @@ def _models() -> list[dict[str, Any]]:
         for name in REGISTRY
         if name not in ENTRIES
     ]
-    return shipped + bare
+    forms = {"onnx": "onnx:FILE", "http": "http://HOST:PORT", "https": "https://HOST"}
+    deployed = [
+        {"name": forms[kind], "card": card(DEPLOYED.load(kind)), "data": "", "weights": "its own"}
+        for kind in DEPLOYED
+    ]
+    return shipped + bare + deployed
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -27,6 +27,7 @@ COMMANDS = Registry(
         "attack": "robust.cli.attack:attack_model",
         "train": "robust.cli.train:train",
         "report": "robust.cli.report:render_report",
+        "serve": "robust.cli.serve:serve_model",
         "bench": "robust.cli.bench:bench",
         "list": "robust.cli.list:list_names",
     },
@@ -37,6 +38,7 @@ HELP = {
     "attack": "Run one attack and report success, distances and cost.",
     "train": "Train a model by a recipe.",
     "report": "Write a run's report again, and verify its evidence.",
+    "serve": "Serve a model's answers over HTTP, to be attacked over a socket.",
     "bench": "Measure ours against other libraries, correctness first.",
     "list": "List attacks, models, data and every other kind of thing by name.",
 }

@@ -6,23 +6,23 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from robust.cli.settings import BlackBox, black_box
 from robust.config import number as parse_number
 from robust.errors import ConfigError, RobustError, RunError, ThreatError
 from robust.registry import unknown
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import Tensor
 
     from robust.classifier import Classifier
     from robust.data import Data
-    from robust.data.base import Images
+    from robust.oracle import Answers, Oracle
     from robust.threat import Threat
 
 NORMS = ("linf", "l2", "l1", "l0")
@@ -46,7 +46,8 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="zoo:NAME, torchvision:NAME, FILE.py:FACTORY or exported:FILE.pt2; none runs the embedded digits model.",
+        help="zoo:NAME, torchvision:NAME, FILE.py:FACTORY, exported:FILE.pt2, onnx:FILE or the address of an endpoint "
+        "(http://HOST:PORT); none runs the embedded digits model.",
         show_default=False,
     ),
 ]
@@ -136,6 +137,14 @@ class Subject:
     std: tuple[float, ...] | None
     device: str | None
     data_root: Path | None
+    black_box: BlackBox = field(default_factory=BlackBox)
+
+    @property
+    def deployed(self) -> bool:
+        """Whether only the model's answers are seen: `load` gives an Oracle."""
+        from robust.models import is_deployed
+
+        return self.black_box.wanted or is_deployed(self.model)
 
     def threats(self) -> list[Threat]:
         """One threat per radius, smallest first."""
@@ -146,57 +155,47 @@ class Subject:
     def load_data(self, bounds: tuple[float, float]) -> Data:
         """The first n samples of the data, scaled from [0, 1] to the box `bounds` when they are read."""
         from robust.data import load_data
+        from robust.data.boxed import BoxedImages
 
         data = load_data(self.data, n=self.n, root=self.data_root)
         return data if bounds == (0.0, 1.0) else replace(data, images=BoxedImages(data.images, *bounds))
 
-    def load(self) -> tuple[Classifier, Data]:
+    def load(self) -> tuple[Classifier | Oracle, Data]:
         """The model in its box and normalisation, and the data in the same box."""
+        from robust.classifier import Classifier
         from robust.models import load_model
+        from robust.oracle import Oracle
 
-        data = self.load_data((0.0, 1.0))
-        classifier = load_model(
+        data, asked = self.load_data((0.0, 1.0)), self.black_box
+        model = load_model(
             self.model,
             weights=self.weights,
             mean=self.mean,
             std=self.std,
             bounds=self.bounds,
             device=self.device,
-            classes=len(data.classes) or None,
+            classes=asked.classes or len(data.classes) or None,
+            answers=cast("Answers | None", asked.answers),
+            budget=asked.budget,
+            endpoint=asked.endpoint,
         )
-        classifier.module.eval()  # what a factory has just built is in train mode, which nobody meant
-        # A factory may return a Classifier with a box of its own.
-        return classifier, data if classifier.bounds == (0.0, 1.0) else self.load_data(classifier.bounds)
+        if isinstance(model, Oracle) and model.answers != (asked.answers or "scores"):
+            raise ConfigError(f"{self.model} gives {model.answers} only; add --answers {model.answers}")
+        inner = model.backend if isinstance(model, Oracle) else model
+        if isinstance(inner, Classifier):
+            inner.module.eval()  # what a factory has just built is in train mode, which nobody meant
+        # A factory may return a Classifier with a box of its own, and an endpoint may tell its own.
+        return model, data if model.bounds == (0.0, 1.0) else self.load_data(model.bounds)
 
+    def load_classifier(self) -> tuple[Classifier, Data]:
+        """`load` where gradients are needed."""
+        from robust.classifier import Classifier
 
-@dataclass(frozen=True)
-class BoxedImages:
-    """Images of [0, 1] scaled to a model's box."""
-
-    images: Images
-    low: float
-    high: float
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return self.images.shape
-
-    def read(self, rows: Sequence[int]) -> Tensor:
-        """Images of the given rows in the box."""
-        scaled = self.low + (self.high - self.low) * self.images.read(rows)
-        return scaled.clamp(self.low, self.high)
-
-    def select(self, rows: Sequence[int]) -> BoxedImages:
-        """The images of the given rows only."""
-        return replace(self, images=self.images.select(rows))
-
-    def probe(self) -> None:
-        """See `robust.data.base.Images.probe`."""
-        self.images.probe()
+        if not self.deployed:
+            model, data = self.load()
+            if isinstance(model, Classifier):
+                return model, data
+        raise ConfigError(f"{self.model} gives answers only; this needs the model itself")
 
 
 def make_subject(
@@ -213,6 +212,10 @@ def make_subject(
     bounds: str = "0,1",
     device: str | None = None,
     data_root: Path | None = None,
+    answers: str | None = None,
+    budget: int | None = None,
+    classes: int | None = None,
+    endpoint: Sequence[str] | None = None,
 ) -> Subject:
     """Check what the command line says, before anything is loaded or written; a fault is one `ConfigError` line."""
     if norm not in NORMS:
@@ -244,6 +247,7 @@ def make_subject(
         std=numbers(std, "--std") if std else None,
         device=device,
         data_root=data_root,
+        black_box=black_box(answers, budget, classes, endpoint),
     )
 
 

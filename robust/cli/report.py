@@ -55,8 +55,8 @@ def render_report(
 
 
 def _verify(verdict: Verdict, subject: options.Subject) -> dict[str, Any]:
-    classifier, data = subject.load()
-    return verdict.verify(classifier, data)
+    model, data = subject.load()
+    return verdict.verify(model, data)
 
 
 def _render(verdict: Verdict, subject: options.Subject) -> dict[str, Any]:
@@ -125,6 +125,11 @@ def _subject(verdict: Verdict, here: dict[str, Any]) -> options.Subject:
         "eps",
         "n",
         "seed",
+        "answers",
+        "classes",
+        "endpoint",
     )
     chosen = {**{name: given[name] for name in names}, **here, "n": len(verdict)}
+    if "model" in here:  # which need not be deployed as the other one was
+        chosen |= {"answers": None, "endpoint": None}
     return options.make_subject(**chosen)

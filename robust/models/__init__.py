@@ -1,13 +1,13 @@
-"""Models by name: `load_model("zoo:digits")`, `"torchvision:resnet50"`, `"FILE.py:FACTORY"`, `"exported:FILE.pt2"`."""
+"""Models by name: `load_model("zoo:digits")`, `"FILE.py:FACTORY"`, `"onnx:FILE"`, `"https://…"` and others."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from robust.errors import ModelError, UnknownName
 from robust.registry import Registry
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
     from robust.classifier import Classifier
+    from robust.models.deployed import Endpoint
     from robust.models.sources import Source, Wanted
+    from robust.oracle import Answers, Oracle
 
 REGISTRY = Registry(
     "model kind",
@@ -27,10 +29,24 @@ REGISTRY = Registry(
     },
 )
 get = REGISTRY.load
+# Models that run elsewhere than in torch, and give answers only: what is behind these is an Oracle.
+DEPLOYED = Registry(
+    "deployed model",
+    {
+        "onnx": "robust.models.onnx:onnx",
+        "http": "robust.models.http:http",
+        "https": "robust.models.http:https",
+    },
+)
 
-FORMS = "zoo:NAME, torchvision:NAME, FILE.py:FACTORY or exported:FILE.pt2"
+FORMS = "zoo:NAME, torchvision:NAME, FILE.py:FACTORY, exported:FILE.pt2, onnx:FILE or an http(s) address"
 
-__all__ = ["REGISTRY", "get", "load_model"]
+__all__ = ["DEPLOYED", "REGISTRY", "get", "is_deployed", "load_classifier", "load_model"]
+
+
+def is_deployed(spec: str) -> bool:
+    """Whether a spec names a model that gives answers only."""
+    return spec.partition(":")[0] in DEPLOYED
 
 
 def load_model(
@@ -43,36 +59,69 @@ def load_model(
     device: str | torch.device | None = None,
     classes: int | None = None,
     fresh: bool = False,
-) -> Classifier:
-    """A classifier by its spec.
+    answers: Answers | None = None,
+    budget: int | None = None,
+    endpoint: Endpoint | Mapping[str, Any] | None = None,
+) -> Classifier | Oracle:
+    """A model by its spec: a Classifier; an Oracle where it is deployed, or asked for by `answers` or `budget`.
 
     Args:
         spec: `zoo:NAME` (a shipped model with its weights, or an architecture), `torchvision:NAME` (an architecture),
             `FILE.py:FACTORY` (a callable without arguments that returns a module, or a Classifier, which is taken as
-            it is) or `exported:FILE.pt2` (saved by `torch.export.save`). The last two are programs: they run.
+            it is), `exported:FILE.pt2` (saved by `torch.export.save`), `onnx:FILE` (run by ONNX Runtime;
+            `onnx:FILE#NAME` names the output with the scores) or the address of an endpoint, `http(s)://…`, which
+            takes what `robust.wire` says, as `robust serve` does. Python files and exported programs run.
         weights: a safetensors file or a state dict, which is read with `weights_only=True`; for torchvision also
             "DEFAULT", its own weights, downloaded.
-        mean: of the normalisation inside the classifier, one number or one per channel, in the unit of `bounds`. If
-            neither mean nor std is given, a shipped or downloaded model brings its own.
-        std: likewise.
+        mean, std: of the normalisation inside the model, one number or one per channel, in the unit of `bounds`. If
+            neither is given, a shipped or downloaded model brings its own.
         bounds: the box that inputs live in.
         device: "cpu", "cuda", "cuda:1", ...; the GPU if None and there is one.
-        classes: the number of outputs of an architecture that starts without weights; weights bring their own.
+        classes: the number of outputs of an architecture that starts without weights (weights bring their own), or
+            of classes where an oracle gives labels only.
         fresh: start an architecture from its random initialisation (torch's global generator), for training.
+        answers: "scores" or "labels", for an Oracle; an endpoint may say itself what it gives.
+        budget: the most queries the Oracle may answer.
+        endpoint: settings of an http(s) model: timeout, retries, rate, batch and auth (`robust.models.deployed`).
 
     Raises:
         UnknownName: for an unknown kind or name, with the nearest known ones.
-        ModelError: for a model that cannot be found, built or read, and for an absent device.
+        ModelError: for a model that cannot be found, built, read or reached, and for an absent device.
     """
+    statistics = _numbers(mean, "mean"), _numbers(std, "std")
+    if is_deployed(str(spec)):
+        if weights is not None or fresh:
+            raise ModelError(f"{spec} has its own weights; leave out weights={weights} and fresh={fresh}")
+        asked: dict[str, Any] = {"answers": answers, "budget": budget, "classes": classes}
+        asked["bounds"] = (float(bounds[0]), float(bounds[1]))
+        asked |= {
+            "mean": statistics[0],
+            "std": statistics[1],
+            "device": None if device is None else str(device),
+        }
+        return _deployed(str(spec), asked, endpoint)
+    if endpoint is not None:
+        raise ModelError(f"{spec} is no endpoint; settings of one are for http(s) models")
+    clf = _here(str(spec), weights, classes, fresh, statistics, bounds, find_device(device))
+    return _behind(clf, answers, budget, classes)
+
+
+def _here(
+    spec: str,
+    weights: str | os.PathLike[str] | None,
+    classes: int | None,
+    fresh: bool,
+    statistics: tuple[Any, Any],
+    bounds: tuple[float, float],
+    place: torch.device | None,
+) -> Classifier:
+    """The classifier behind a spec of a model that runs in torch."""
     from robust.classifier import Classifier
     from robust.models.sources import Wanted
 
-    place = find_device(device)
-    wanted = Wanted(Path(weights) if weights is not None else None, classes, fresh)
-    statistics = _numbers(mean, "mean"), _numbers(std, "std")
-    source = _source(str(spec), wanted)
+    source = _source(spec, Wanted(Path(weights) if weights is not None else None, classes, fresh))
     if isinstance(source.module, Classifier):
-        return _as_it_is(source.module, str(spec), statistics, bounds, place)
+        return _as_it_is(source.module, spec, statistics, bounds, place)
     if statistics == (None, None):
         statistics = source.mean, source.std
     if not fresh and source.module.training:
@@ -81,6 +130,45 @@ def load_model(
     return Classifier(
         source.module, bounds=bounds, mean=statistics[0], std=statistics[1], device=place, name=source.name
     )
+
+
+def load_classifier(spec: str, **options: Any) -> Classifier:
+    """`load_model` where weights and gradients are needed; a deployed model is refused."""
+    from robust.classifier import Classifier
+
+    if not is_deployed(spec):
+        model = load_model(spec, **options)
+        if isinstance(model, Classifier):
+            return model
+    raise ModelError(f"{spec} gives answers only; this needs the model itself, its weights and gradients")
+
+
+def _behind(
+    clf: Classifier, answers: Answers | None, budget: int | None, classes: int | None
+) -> Classifier | Oracle:
+    """The classifier itself, or its answers alone where they were asked for."""
+    from robust.oracle import Oracle
+
+    if answers is None and budget is None:
+        return clf
+    return Oracle(clf, answers=answers or "scores", budget=budget, classes=classes)
+
+
+def _deployed(spec: str, asked: Mapping[str, Any], endpoint: Endpoint | Mapping[str, Any] | None) -> Oracle:
+    """The oracle behind a spec of `DEPLOYED`; `asked` are the fields of `robust.models.deployed.Asked`."""
+    from robust.config import from_mapping
+    from robust.models.deployed import Asked, Endpoint
+
+    kind, _, rest = spec.partition(":")
+    if not rest.strip("/"):
+        raise ModelError(f"model {spec!r} lacks what stands behind the colon; a model is {FORMS}")
+    if endpoint is not None and kind == "onnx":
+        raise ModelError(f"{spec} is no endpoint; settings of one are for http(s) models")
+    settings = (
+        endpoint if isinstance(endpoint, Endpoint) else from_mapping(endpoint or {}, Endpoint, "endpoint")
+    )
+    oracle: Oracle = DEPLOYED.load(kind)(rest, Asked(**asked, endpoint=settings))
+    return oracle
 
 
 def find_device(device: str | torch.device | None) -> torch.device | None:
@@ -125,6 +213,8 @@ def _advice(spec: str) -> str:
         return f"say which function of the file makes the model: {spec}:FACTORY"
     if suffix == ".pt2":
         return f"did you mean exported:{spec}?"
+    if suffix == ".onnx":
+        return f"did you mean onnx:{spec}?"
     if suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
         return f"weights need an architecture: give it as the model ({FORMS}), and this file as the weights"
     if spec in (*zoo.ENTRIES, *zoo.REGISTRY):

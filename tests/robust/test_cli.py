@@ -178,7 +178,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["evl"], "unknown command 'evl'; did you mean eval?"),
+        (["evl"], "unknown command 'evl'; did you mean eval"),
         (["list", "atacks"], "did you mean attacks"),
         (["attack"], "Missing argument 'NAME'"),
         (["attack", "pdg"], "did you mean pgd"),

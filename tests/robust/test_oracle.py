@@ -87,6 +87,14 @@ def test_a_backend_may_give_labels_arrays_or_lists() -> None:
     assert scores.dtype == torch.float32
 
 
+def test_a_label_beyond_the_classes_is_one_line_and_scores_tell_the_classes_themselves() -> None:
+    with pytest.raises(ModelError, match=r"^api answered the class 3, but has 3; pass the right classes$"):
+        Oracle(always([0, 3]), answers="labels", classes=3, name="api").labels(points(2))
+    oracle = Oracle(always(torch.eye(5)), answers="labels", classes=3)
+    assert oracle.labels(points(5)).tolist() == [0, 1, 2, 3, 4]
+    assert oracle.classes == 5
+
+
 def test_a_labels_oracle_gives_no_scores_and_asks_nothing_for_the_attempt() -> None:
     backend = Backend()
     oracle = Oracle(backend, answers="labels", name="api")

@@ -1,0 +1,109 @@
+"""`KEY=VALUE` on the command line, and how a model is asked that gives answers only."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from robust.errors import ConfigError
+from robust.registry import unknown
+
+ANSWERS = ("scores", "labels")
+
+Answers = Annotated[
+    str | None,
+    typer.Option(
+        "--answers",
+        metavar="KIND",
+        help="See the model's answers only, and no gradients: its scores, or its labels. "
+        "Deployed models (onnx:, http) are seen so in any case, by their scores if nothing is said.",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    int | None,
+    typer.Option("--budget", metavar="N", help="The most queries in all.", show_default=False),
+]
+Classes = Annotated[
+    int | None,
+    typer.Option(
+        "--classes",
+        metavar="N",
+        help="How many classes a model has that gives labels. Default: the data's.",
+        show_default=False,
+    ),
+]
+Endpoint = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--endpoint",
+        metavar="KEY=VALUE",
+        help="How an http(s) model is asked: timeout (seconds), retries, rate (points per second), batch (points), "
+        "auth (the NAME of the environment variable that holds the Authorization header); may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class BlackBox:
+    """What the command line says about a model that gives answers only: checked, but nothing asked yet."""
+
+    answers: str | None = None
+    budget: int | None = None
+    classes: int | None = None
+    endpoint: Mapping[str, Any] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it makes an oracle of any model."""
+        return self.answers is not None or self.budget is not None
+
+    def suite(self) -> str:
+        """The suite that such a model can answer."""
+        return "decision" if self.answers == "labels" else "score"
+
+
+def black_box(
+    answers: str | None, budget: int | None, classes: int | None, endpoint: Sequence[str] | None
+) -> BlackBox:
+    """Checks the four options; a fault is one `ConfigError` line."""
+    if answers is not None and answers not in ANSWERS:
+        raise ConfigError("--answers: " + unknown("kind of answers", answers, list(ANSWERS)))
+    if budget is not None and budget < 1:
+        raise ConfigError(f"--budget: {budget} allows no query; give a positive number")
+    if classes is not None and classes < 2:
+        raise ConfigError(f"--classes: {classes} is too few to tell apart; give at least 2")
+    settings = None
+    if endpoint:
+        from robust.config import from_mapping
+        from robust.models.deployed import Endpoint as Settings
+
+        settings = parse_settings(endpoint, "--endpoint")
+        if not isinstance(settings.get("auth", ""), str):
+            raise ConfigError(
+                "--endpoint: auth wants the NAME of an environment variable, never the secret itself"
+            )
+        from_mapping(settings, Settings, "--endpoint")
+    return BlackBox(answers, budget, classes, settings)
+
+
+def parse_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
+    """``["steps=20", "loss=margin"]`` as a mapping: values as TOML writes them, any other text as it is."""
+    table: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals or not key or not text:
+            example = "steps=20" if option == "--set" else "timeout=10"
+            raise ConfigError(f"{option}: {setting!r} is not KEY=VALUE; write it like {example}")
+        if key in table:
+            raise ConfigError(f"{option}: {key} is given twice")
+        try:
+            table[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[key] = text
+    return table
