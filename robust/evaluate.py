@@ -214,7 +214,7 @@ class _Run:
             return attack.run(model, x, y, seed=seed, index=index, progress=hook)
 
     def _prepare(self, position: int) -> Any:
-        """A step's attack with what it learns once a run, whichever process learnt it; charged in a group of its own."""
+        """A step's attack with what it learns once a run, whichever process learnt it; charged in its own group."""
         plan, number = self.plan, position % len(self.plan.stages)
         threat, stage = self.steps[position]
         attack = plan.attack(threat, stage)

@@ -211,7 +211,7 @@ class Journal:
             ) from error
 
     def keep(self, number: int, learned: dict[str, Tensor], cost: Cost) -> tuple[dict[str, Tensor], Cost]:
-        """Keeps what the attack of a stage learnt, and what that took, before it is charged: it is never learnt twice."""
+        """Keeps what the attack of a stage learnt and what that took, before it is charged: nothing is learnt twice."""
         if self.out is not None:
             tensors = {name: value.contiguous() for name, value in learned.items()}
             write_atomic(self._learned(number), save(tensors, {"cost": json.dumps(cost.to_dict())}))

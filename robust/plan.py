@@ -144,14 +144,12 @@ def make_plan(
     check_whole(source, model.bounds, model.known_classes)
     if surrogates and not any(_transfers(stage) for stage in planned):
         raise RobustError(f"suite {name} uses no surrogates; they are for suite transfer or full")
-    asked = 0
-    for item in threats:
-        attacks = [_attack(item, stage, surrogates) for stage in planned]
-        for attack in attacks:
-            attack.validate(model, x, y, None)
-        asked = sum(attack.preparation() for attack in attacks)
+    attacks = [_attack(item, stage, surrogates) for item in threats for stage in planned]
     if isinstance(model, Oracle):
+        asked = sum(attack.preparation() for attack in attacks[: len(planned)])  # once for all radii
         _check_budget(model, len(source), asked)
+    for attack in attacks:
+        attack.validate(model, x, y, None)
     first = data_digest([sample_digest(point, int(label)) for point, label in zip(x, y, strict=True)])
     size = chunk or max(32, min(256, _CHUNK_ELEMENTS // max(x[0].numel(), 1)))
     passes = len(source) * len(threats) * sum(stage.passes() for stage in planned)

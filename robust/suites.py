@@ -23,6 +23,7 @@ BLACK_BOX = ("score", "decision", "transfer")  # suites that an oracle can answe
 # Decision-based searches by norm. In l1 none is published as a minimiser but GeoDA and Pointwise.
 _DECISION = {"linf": ("rays", "hopskipjump"), "l2": ("hopskipjump", "surfree"), "l1": ("geoda", "pointwise")}
 _TRANSFER = "mifgsm,difgsm,vmifgsm"  # what is crafted on surrogates, in every norm
+_SUBSTITUTE = {"queries": 2000}  # how one is distilled where none is given
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def stages(suite: str | Sequence[str], norm: str, black_box: bool = False) -> tu
         plan = _named(names[0], norm)
         if black_box and names[0] not in BLACK_BOX:
             raise RobustError(
-                f"suite {names[0]} needs gradients, which an Oracle does not give; use suite score, decision or transfer"
+                f"suite {names[0]} needs gradients, which an Oracle does not give; use score, decision or transfer"
             )
         return names[0], plan
     attacks = room("attacks")
@@ -82,7 +83,7 @@ def _named(name: str, norm: str) -> list[Stage]:
     decision = [Stage(attack, {"queries": 5000}) for attack in _DECISION[norm]]
     if name == "decision":
         return decision
-    transfer = [Stage("surrogate", {"inner": _TRANSFER, "queries": 2000})]
+    transfer = [Stage("surrogate", {"inner": _TRANSFER, **_SUBSTITUTE})]
     if name == "transfer":
         return transfer
     sparse = norm == "l1"  # the published l1 form: Croce & Hein 2021, arXiv:2103.01208

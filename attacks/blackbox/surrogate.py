@@ -116,7 +116,9 @@ class Surrogate(Attack):
     def _check(self) -> None:
         """Raises one line for hyper-parameters that no search can have."""
         if not self.names or self.steps < 1:
-            raise RobustError(f"inner={self.inner!r}, steps={self.steps}: name an attack, and at least 1 step")
+            raise RobustError(
+                f"inner={self.inner!r}, steps={self.steps}: name an attack, and at least 1 step"
+            )
         for name in self.names:
             kind = room("attacks").load(name)
             if kind.knowledge != "white" or kind.minimum_norm or kind.semantic:

@@ -10,6 +10,7 @@ REGISTRY = Registry(
         "distil": "robust.attacks.transfer.substitutes:distil",
         "train": "robust.attacks.transfer.substitutes:train_substitute",
         "matrix": "robust.attacks.transfer.matrix:transfer_matrix",
+        "figure": "robust.attacks.transfer.figure:heat_map",
     },
 )
 get = REGISTRY.load

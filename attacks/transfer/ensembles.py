@@ -77,5 +77,7 @@ def ensemble(members: Sequence[Classifier], how: How = "logits", name: str | Non
             raise ModelError(
                 f"{first.name} has {known[0]} classes and {member.name} {known[1]}; give models of the same classes"
             )
+    fused = Members(members, how)
+    fused.training = fused.members.training = False  # a member in training mode keeps it, and is warned of
     label = name or "+".join(member.name for member in members)
-    return Classifier(Members(members, how), bounds=first.bounds, device=first.device, name=label)
+    return Classifier(fused, bounds=first.bounds, device=first.device, name=label)

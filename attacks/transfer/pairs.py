@@ -67,7 +67,9 @@ def queried_pairs(
     if n < 2:
         raise RobustError(f"queries={n} teach nothing; give at least 2")
     if oracle.answers == "labels" and oracle.known_classes is None:
-        raise RobustError("an oracle that gives labels does not say how many classes there are; pass classes=")
+        raise RobustError(
+            "an oracle that gives labels does not say how many classes there are; pass classes="
+        )
     x = inputs(pool, n, seed, shape, oracle.bounds)
     if oracle.answers == "labels":
         answers = oracle.labels(x).cpu()
@@ -77,7 +79,9 @@ def queried_pairs(
         finite = scores.isfinite().all(1)
         answers = log_probabilities(scores)
     if int(finite.sum()) < 2:
-        raise RobustError(f"{oracle.name} gave no usable answer to {n} queries; nothing can be learnt from it")
+        raise RobustError(
+            f"{oracle.name} gave no usable answer to {n} queries; nothing can be learnt from it"
+        )
     return Pairs(x[finite], answers[finite], oracle.classes)
 
 

@@ -40,7 +40,7 @@ class Lesson:
     architecture: str = "auto"
     epochs: int = 30
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float = 5e-3
     temperature: float = 1.0
     augment: bool = True
     seed: int = 0

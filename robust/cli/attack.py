@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import tomllib
 import typing
 import warnings
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from robust.classifier import Classifier
+    from robust.cost import Cost
     from robust.data import Data
     from robust.track import TrackMode
 
@@ -184,11 +186,11 @@ def run(
     """The attack on all samples, a chunk at a time; their places in the data key the randomness."""
     import torch
 
-    from robust.cost import Cost
     from robust.decide import decide
     from robust.track import Curves
 
-    total, cost, curves = len(data), Cost(), Curves()
+    total, curves = len(data), Curves()
+    attack, cost = _prepare(attack, classifier, data, seed)
     track: TrackMode | None = None if attack.knowledge == "white" else "best"
     examples = _examples(classifier, data) if target is not None and attack.knowledge == "decision" else {}
     parts: list[tuple[Tensor, ...]] = []
@@ -229,6 +231,17 @@ def run(
         key: [value if math.isfinite(value) else None for value in column] for key, column in curve.items()
     }
     return replace(found, curve=finite)
+
+
+def _prepare(attack: Any, classifier: Classifier, data: Data, seed: int) -> tuple[Any, Cost]:
+    """The attack with what it learns once, not for every chunk, and what that took."""
+    from robust.cost import Cost
+
+    begun, before = time.perf_counter(), classifier.cost + Cost()
+    ready = attack.prepare(classifier, data, seed=seed)
+    cost = classifier.cost - before
+    cost.queries, cost.seconds = attack.preparation(), time.perf_counter() - begun
+    return ready, cost
 
 
 def _aim(target: str, classifier: Classifier, x: Tensor, y: Tensor, seed: int, index: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -12,7 +13,9 @@ import typer
 
 from robust.cli import options
 from robust.cli.progress import Meter, duration
-from robust.errors import RunError
+from robust.errors import ConfigError, RunError
+from robust.models.named import FORM, NamedModel, parse_model
+from robust.registry import room
 
 if TYPE_CHECKING:
     from robust.verdict import Verdict
@@ -22,13 +25,25 @@ RUNS = Path("runs")
 Suite = Annotated[
     str,
     typer.Option(
-        "--suite", metavar="SUITE", help="quick, standard, rand, score, or a comma list of attacks."
+        "--suite",
+        metavar="SUITE",
+        help="quick, standard, rand, score, decision, transfer, full, or a comma list of attacks.",
     ),
 ]
 Out = Annotated[
     Path | None,
     typer.Option(
         "--out", metavar="RUN", help="The run folder. Default: a new one below runs/.", show_default=False
+    ),
+]
+Surrogates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--surrogate",
+        metavar="MODEL",
+        help=f"A model that suite transfer or full makes points on: {FORM}; may be repeated. Default: a substitute "
+        "distilled from the model's answers.",
+        show_default=False,
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
@@ -42,6 +57,7 @@ def evaluate_model(
     suite: Suite = "standard",
     n: options.Count = 1000,
     seed: options.Seed = 0,
+    surrogates: Surrogates = None,
     out: Out = None,
     resume: Resume = False,
     weights: options.Weights = None,
@@ -59,11 +75,12 @@ def evaluate_model(
         model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
         device=device, data_root=data_root,
     )  # fmt: skip
-    _check_suite(suite, subject.norm)
+    given = [parse_model(text) for text in surrogates or []]
+    _check_suite(suite, subject.norm, surrogates=bool(given))
     folder = out or _default_out(subject, suite, resume)
     options.check_writable(folder)
     try:
-        verdict = _evaluate(subject, suite, folder, precision, resume=resume, quiet=as_json)
+        verdict = _evaluate(subject, suite, folder, precision, given, resume=resume, quiet=as_json)
     except KeyboardInterrupt:
         raise options.Interrupted(
             f"stopped; the same command with --resume --out {folder} goes on where it was"
@@ -75,7 +92,14 @@ def evaluate_model(
 
 
 def _evaluate(
-    subject: options.Subject, suite: str, folder: Path, precision: str, *, resume: bool, quiet: bool
+    subject: options.Subject,
+    suite: str,
+    folder: Path,
+    precision: str,
+    surrogates: Sequence[NamedModel],
+    *,
+    resume: bool,
+    quiet: bool,
 ) -> Verdict:
     from robust.evaluate import evaluate
 
@@ -91,15 +115,25 @@ def _evaluate(
             out=folder,
             resume=resume,
             precision=cast("Any", precision),
+            surrogates=[
+                model.load(
+                    bounds=classifier.bounds, device=classifier.device, classes=len(data.classes) or None
+                )
+                for model in surrogates
+            ],
             progress=meter,
         )
 
 
-def _check_suite(suite: str, norm: str) -> None:
+def _check_suite(suite: str, norm: str, *, surrogates: bool) -> None:
     """An unknown suite or attack, or one without a form for the norm, is refused before a model is loaded."""
     from robust.suites import stages
 
-    stages(suite, norm)
+    planned = stages(suite, norm)[1]
+    if surrogates and not any(
+        room("attacks").load(stage.attack).knowledge == "transfer" for stage in planned
+    ):
+        raise ConfigError(f"--surrogate: suite {suite} uses none; they are for suite transfer or full")
 
 
 def _default_out(subject: options.Subject, suite: str, resume: bool) -> Path:

@@ -25,6 +25,7 @@ COMMANDS = Registry(
     {
         "eval": "robust.cli.eval:evaluate_model",
         "attack": "robust.cli.attack:attack_model",
+        "transfer": "robust.cli.transfer:transfer",
         "train": "robust.cli.train:train",
         "report": "robust.cli.report:render_report",
         "bench": "robust.cli.bench:bench",
@@ -35,6 +36,7 @@ COMMANDS = Registry(
 HELP = {
     "eval": "Measure how robust a model is, with evidence that others can check.",
     "attack": "Run one attack and report success, distances and cost.",
+    "transfer": "Measure which model's adversarial points fool which other.",
     "train": "Train a model by a recipe.",
     "report": "Write a run's report again, and verify its evidence.",
     "bench": "Measure ours against other libraries, correctness first.",
