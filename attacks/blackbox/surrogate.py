@@ -169,6 +169,11 @@ class Surrogate(Attack):
         clf.module.load_state_dict({name: value for name, value in known.items() if name[0] != "#"})
         return clf
 
+    def config(self) -> dict[str, Any]:
+        """See `Attack.config`; classifiers are told by their digests."""
+        models = tuple(clf.digest() if isinstance(clf, Classifier) else clf for clf in self.models)
+        return {**super().config(), "models": models}
+
     def _lesson(self, seed: int) -> Lesson:
         return Lesson(
             architecture=self.architecture, epochs=self.epochs, temperature=self.temperature, seed=seed

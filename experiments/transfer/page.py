@@ -67,7 +67,10 @@ def claims(table: TransferTable) -> str:
                 "yes" if holds else "**no**",
             ]
         )
-    for source, says in (("queried", "from 5,000 queried pairs"), ("data-free", "from 5,000 synthetic images")):
+    for source, says in (
+        ("queried", "from 5,000 queried pairs"),
+        ("data-free", "from 5,000 synthetic images"),
+    ):
         found = shares(table, source)
         least = min(found, key=found.__getitem__)
         told = ", ".join(f"`{name}` {value:.2f}" for name, value in found.items())
@@ -87,14 +90,29 @@ def substitutes(record: dict[str, Any]) -> str:
     return markdown(heads, rows)
 
 
+def cost(record: dict[str, Any]) -> str:
+    """What transfer takes of the suite `full`."""
+    full = record["full"]
+    seconds = full["seconds"]
+    ours, whole = seconds.get("prepare", 0.0) + seconds.get("surrogate", 0.0), sum(seconds.values())
+    return (
+        f"Of the suite `full` on {full['model']} ({full['n']} samples, linf {full['eps']:g}, "
+        f"{_percent(full['robust_accuracy'])} survive) transfer takes {_percent(ours / whole)} of {whole:.0f} s, "
+        f"most of it to distil the substitute ({seconds.get('prepare', 0.0):.1f} s), which no sample adds to."
+    )
+
+
 def section() -> str:
     """All that the record says."""
     record = read_json(RECORD)
     table = merge(record["parts"])
     part = next(iter(record["parts"].values()))
     accuracy = ", ".join(f"{model['name']} {_percent(model['accuracy'])}" for model in table.models)
-    about = f"{table.n} test images, clean accuracy: {accuracy}. Code of {part['commit']}, {part['date'][:10]}."
-    return "\n\n".join((claims(table), about, substitutes(record), "![matrix](cifar10.svg)", matrix(table)))
+    when = f"Code of {part['commit']}, {part['date'][:10]}."
+    about = f"{table.n} test images, clean accuracy: {accuracy}. {when}"
+    return "\n\n".join(
+        (claims(table), about, substitutes(record), cost(record), "![matrix](cifar10.svg)", matrix(table))
+    )
 
 
 def fill(text: str) -> str:

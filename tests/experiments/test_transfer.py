@@ -69,6 +69,11 @@ def test_a_substitute_is_kept_and_recalled_with_the_same_answers(
     x = torch.rand(3, 3, 32, 32)
     assert torch.equal(first.logits(x), again.logits(x))
     table = measure.transfer_matrix(
-        {"resnet20": target, "s": first}, x, target.logits(x).argmax(1), Linf(measure.EPS), {"pgd": {}}, steps=1
+        {"resnet20": target, "s": first},
+        x,
+        target.logits(x).argmax(1),
+        Linf(measure.EPS),
+        {"pgd": {}},
+        steps=1,
     )
     assert measure.merge({"a": table.to_dict(), "b": table.to_dict()}).cells == table.cells

@@ -67,7 +67,7 @@ def test_transfer_has_every_norm(norm: str) -> None:
 
 def test_a_substitute_is_learnt_once_a_run_whatever_its_chunks_and_radii(tmp_path: Path) -> None:
     clf = network(n=12, seed=1)[0]
-    verdict = run(clf, tmp_path / "run", suite=SUITE, threat=[Linf(0.01), Linf(EPS)])
+    verdict = run(clf, tmp_path / "run", suite=SUITE, threat=[Linf(0.01), Linf(EPS)], report=True)
     rows = table(verdict)
     assert rows["prepare"]["cost"]["queries"] == 1000
     assert rows["prepare"]["attempted"] == rows["prepare"]["broken"] == 0
@@ -75,6 +75,7 @@ def test_a_substitute_is_learnt_once_a_run_whatever_its_chunks_and_radii(tmp_pat
         stage["cost"]["queries"] for stage in verdict.manifest["stages"] if stage["attack"] == "surrogate"
     )
     Verdict.load(tmp_path / "run").verify(*network(n=12, seed=1))
+    assert (tmp_path / "run" / "report.html").read_text().count("learnt once, before") == 1
     whole = run(clf, suite=SUITE, threat=[Linf(0.01), Linf(EPS)], chunk=12)
     assert whole.broken_by == verdict.broken_by
 
