@@ -48,7 +48,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "tifgsm": {},
 }
 DEAR: dict[str, dict[str, Any]] = {"pgd": {}, "vmifgsm": {}, "sinifgsm": {}}
-FUSED: dict[str, dict[str, Any]] = {"pgd": {}, "mifgsm": {}, "difgsm": {}}
+FUSED: dict[str, dict[str, Any]] = {"pgd": {}, "mifgsm": {}}
 ORDER = (*CHEAP, "vmifgsm", "sinifgsm")
 
 
@@ -143,6 +143,7 @@ def main() -> None:
         f"{source}/{name}": (attacks, {"sources": [source]})
         for name, attacks in (("cheap", CHEAP), ("dear", DEAR))
         for source in (TARGET, "convnet", "queried", "data-free")
+        if (name, source) != ("dear", "data-free")
     }
     work[OTHERS] = (FUSED, {"sources": [], "fused": "logits"})
     for key, (attacks, options) in work.items():

@@ -25,9 +25,11 @@ def gains(table: TransferTable) -> dict[str, bool]:
 
 def shares(table: TransferTable, source: str) -> dict[str, float]:
     """By attack, a substitute's transfer to ResNet-20 as a share of the ConvNet's that was trained on the data."""
+    rates = {(cell.source, cell.attack): cell.rate for cell in table.cells if cell.target == TARGET}
     return {
-        name: table.cell(source, TARGET, name).rate / table.cell("convnet", TARGET, name).rate
+        name: rates[source, name] / rates["convnet", name]
         for name in table.attacks
+        if (source, name) in rates
     }
 
 
