@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from robust.oracle import Oracle
 from robust.registry import room
 from robust.rng import derive, seeded
 from robust.rows import Source
+
+if TYPE_CHECKING:
+    from robust.twin import Precision
 
 
 class Judged(Rule):
@@ -233,7 +236,7 @@ class Surrogate(Attack):
             seed=trial.seed,
             index=trial.index[rows.cpu()],
             mask=targets_of(trial.mask, rows),
-            precision=precision,
+            precision=cast("Precision", precision),
         )
         return result.x_adv
 

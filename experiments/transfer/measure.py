@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from robust.attacks.transfer.figure import heat_map
-from robust.attacks.transfer.matrix import OTHERS, TransferTable, transfer_matrix
+from robust.attacks.transfer.matrix import OTHERS, Cell, TransferTable, transfer_matrix
 from robust.attacks.transfer.pairs import queried_pairs
 from robust.attacks.transfer.substitutes import Lesson, distil, untrained
 from robust.checkpoint import write_tensors
@@ -99,7 +99,8 @@ def merge(parts: Mapping[str, Mapping[str, Any]]) -> TransferTable:
     """One table of all parts' cells, in the order of `ORDER`; what two parts measured both was the same."""
     tables = [TransferTable.from_dict(part) for part in parts.values()]
     first = tables[0]
-    cells, attacks = {}, {}
+    cells: dict[tuple[str, str, str], Cell] = {}
+    attacks: dict[str, Mapping[str, Any]] = {}
     for table in tables:
         attacks |= table.attacks
         cells |= {(cell.attack, cell.source, cell.target): cell for cell in table.cells}
