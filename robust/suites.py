@@ -52,7 +52,8 @@ def stages(suite: str | Sequence[str], norm: str, black_box: bool = False) -> tu
         plan = _named(names[0], norm)
         if black_box and names[0] not in BLACK_BOX:
             raise RobustError(
-                f"suite {names[0]} needs gradients, which an Oracle does not give; use score, decision or transfer"
+                f"suite {names[0]} needs gradients, which an Oracle does not give; "
+                "use suite score, decision or transfer"
             )
         return names[0], plan
     attacks = room("attacks")

@@ -166,11 +166,7 @@ def transfer_matrix(
     right = _correct(models, x, y)
     names = list(models) if sources is None else list(sources)
     _check(models, names, fused)
-    jobs: list[tuple[str, Classifier, list[str]]] = [(name, models[name], list(models)) for name in names]
-    if fused is not None:
-        for target in models:
-            rest = [clf for name, clf in models.items() if name != target]
-            jobs.append((OTHERS, ensemble(rest, fused), [target]))
+    jobs = _jobs(models, names, fused)
     cells: list[Cell] = []
     for k, (source, clf, targets) in enumerate(jobs):
         own = right[source] if source in right else _right(clf, x, y)
@@ -192,6 +188,17 @@ def transfer_matrix(
     every = (*names, *([OTHERS] if fused is not None else []))
     told = {name: {"attack": _name(attack), **_plain(attack)} for name, attack in chosen.items()}
     return TransferTable(about, every, told, threat.describe(), len(x), seed, tuple(cells))
+
+
+def _jobs(
+    models: Mapping[str, Classifier], names: Sequence[str], fused: How | None
+) -> list[tuple[str, Classifier, list[str]]]:
+    """Every source by name, and the targets that its points are tried on."""
+    jobs = [(name, models[name], list(models)) for name in names]
+    for target in models if fused is not None else ():
+        rest = [clf for name, clf in models.items() if name != target]
+        jobs.append((OTHERS, ensemble(rest, fused or "logits"), [target]))
+    return jobs
 
 
 def _attacks(

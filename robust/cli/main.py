@@ -34,7 +34,7 @@ COMMANDS = Registry(
 )
 # One line each for `robust --help`, which so needs none of the modules.
 HELP = {
-    "eval": "Measure how robust a model is, with evidence that others can check.",
+    "eval": "Measure how robust a model is, with evidence others can check.",
     "attack": "Run one attack and report success, distances and cost.",
     "transfer": "Measure which model's adversarial points fool which other.",
     "train": "Train a model by a recipe.",
