@@ -125,17 +125,16 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     record: dict[str, Any] = read_json(out) if out.exists() else {"substitutes": {}, "parts": {}}
-    models = {
-        TARGET: load_model("zoo:resnet20", weights=arguments.weights, mean=MEAN, std=STD, device="cpu"),
-        "convnet": load_model("zoo:cifar10-convnet", device="cpu"),
-    }
+    target = load_model("zoo:resnet20", weights=arguments.weights, mean=MEAN, std=STD, device="cpu")
+    taught: dict[str, Classifier] = {}
     for name, part in POOLS.items():
         pool = None if part is None else load_data("cifar10", root=arguments.data_root, train=True)
         place = out.with_name(f"{out.stem}-{name}.safetensors")
-        models[name], told = substitute(models[TARGET], pool, arguments.queries, place)
+        taught[name], told = substitute(target, pool, arguments.queries, place)
         record["substitutes"].setdefault(name, {"pool": part or "synthetic", **told})
         write_json(out, record)
         print(name, told, flush=True)
+    models = {TARGET: target, "convnet": load_model("zoo:cifar10-convnet", device="cpu"), **taught}
     x, y = load_data("cifar10", n=arguments.n, root=arguments.data_root).tensors()
     if "full" not in record:
         record["full"] = share()
@@ -153,7 +152,7 @@ def main() -> None:
         begun = time.perf_counter()
         table = transfer_matrix(models, x, y, Linf(EPS), attacks, steps=STEPS, seed=SEED, **options)
         took = round(time.perf_counter() - begun, 1)
-        record["parts"][key] = {**table.to_dict(), "seconds": took, **conditions(models[TARGET].device)}
+        record["parts"][key] = {**table.to_dict(), "seconds": took, **conditions(target.device)}
         write_json(out, record)
         print(key, {c.attack: (c.target, round(c.rate, 3)) for c in table.cells}, f"{took} s", flush=True)
     write_atomic(out.with_suffix(".svg"), heat_map(merge(record["parts"])))
