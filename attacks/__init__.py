@@ -67,6 +67,7 @@ REGISTRY = Registry(
         "gaussian-noise": "robust.attacks.blackbox.gaussiannoise:GaussianNoise",
         "superdeepfool": "robust.attacks.whitebox.superdeepfool:SuperDeepFool",
         "cw-linf": "robust.attacks.whitebox.cw:CWLinf",
+        "surrogate": "robust.attacks.blackbox.surrogate:Surrogate",
         "autoattack": "robust.attacks.autoattack:AutoAttack",
     },
 )

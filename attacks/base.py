@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from robust.targets import TargetName, named_targets
 from robust.threat import Threat
 from robust.track import Track, TrackMode
 from robust.twin import Precision, check_precision
+
+if TYPE_CHECKING:
+    from robust.rows import Source
 
 Until = Literal["strongest", "broken", "smallest"]
 Knowledge = Literal["white", "score", "decision", "transfer"]
@@ -150,6 +153,32 @@ class Attack:
         cost.seconds = time.perf_counter() - started
         spent = None if self.knowledge == "white" else trial.spent.cpu()
         return Result(x_adv, success.cpu(), distance, cost, trial.notes, spent, trial.track)
+
+    def prepare(
+        self,
+        model: Classifier | Oracle,
+        pool: Tensor | Source,
+        *,
+        seed: int = 0,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """The attack with all that it learns once and not from the batch under attack: itself, for most attacks.
+
+        Args:
+            model: the target.
+            pool: images (N, C, H, W) in the box that the attacker has, without labels.
+            seed: keys what is learnt.
+            known: what `learned` gave after the same preparation: the model is asked nothing then.
+        """
+        return self
+
+    def learned(self) -> dict[str, Tensor]:
+        """After `prepare`, what it learnt of the model, to be stored; empty where nothing was asked."""
+        return {}
+
+    def preparation(self) -> int:
+        """The queries that `prepare` asks of the model."""
+        return 0
 
     def attack(self, trial: Trial) -> None:
         """Searches on `trial`, which keeps the best point of every sample."""

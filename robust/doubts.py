@@ -117,8 +117,9 @@ def _masking(stages: Sequence[StageFacts], correct: int) -> list[str]:
     white = any(stage.knowledge == "white" for stage in stages)
     for stage in stages:
         if white and stage.knowledge != "white" and stage.broken > max(2, 0.01 * correct):
+            how = "with other models' gradients" if stage.knowledge == "transfer" else "without gradients"
             found.append(
-                f"{stage.attack}, without gradients, broke {stage.broken} samples that gradient attacks could not: "
+                f"{stage.attack}, {how}, broke {stage.broken} samples that gradient attacks could not: "
                 "often a sign of gradient masking"
             )
     return found

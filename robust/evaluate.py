@@ -6,7 +6,7 @@ import time
 import warnings as python_warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from robust.decide import outcome
 from robust.digest import sample_digest
 from robust.errors import BudgetExceeded, RunError
 from robust.finish import finish
-from robust.journal import Journal, Record, require_same, sweep
+from robust.journal import PREPARED, Journal, Record, require_same, sweep
 from robust.oracle import Oracle
 from robust.plan import Plan, make_plan
-from robust.registry import room
 from robust.rows import as_source, check_samples
 from robust.suites import Stage
 from robust.threat import Threat
@@ -45,6 +44,7 @@ def evaluate(
     resume: bool = False,
     chunk: int | None = None,
     precision: Precision = "auto",
+    surrogates: Sequence[Classifier] = (),
     report: bool = True,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -57,7 +57,7 @@ def evaluate(
         model: a Classifier, or an Oracle with a suite that needs no gradients.
         x: (N, C, H, W) in the model's box with labels y (N,), or indexable pairs (x, y); read a chunk at a time.
         threat: one threat, or several of one norm for a curve; the verdict's headline is the largest.
-        suite: "quick", "standard", "rand", "score", "decision", "full", or attacks' names.
+        suite: "quick", "standard", "rand", "score", "decision", "transfer", "full", or attacks' names.
         seed: keys all randomness; the verdict does not depend on interruption or order.
         out: a run folder to write continuously; it must be new, or hold the run to `resume`.
         resume: go on with the run in `out`. What was sent to a model elsewhere (a `Remote` backend) stays spent, and
@@ -65,6 +65,8 @@ def evaluate(
         chunk: samples per journal group; chosen from their size if None.
         precision: "float32": a faster twin of the model (`robust.twin`) answers the attacks; "bfloat16": a bfloat16
             twin scouts before it; "auto": what the run repays; "original": the model answers itself. It never decides.
+        surrogates: models of the same classes and box for the suites "transfer" and "full" to craft on. Without any, a
+            substitute is distilled from the model's answers to the data, without its labels, once a run.
         report: whether to write report.html into `out`.
         progress: called with the fraction done and a line of text.
 
@@ -76,7 +78,7 @@ def evaluate(
     source = as_source(x, y)
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore", RobustWarning)
-        plan = make_plan(model, source, threat, suite, seed, chunk, precision)
+        plan = make_plan(model, source, threat, suite, seed, chunk, precision, surrogates)
         folder = None if out is None else Path(out)
         if folder is not None and resume and (folder / "digests.json").exists():
             return _finished(plan, folder)
@@ -125,10 +127,14 @@ class _Run:
         model, out = plan.model, journal.out
         self.remote = model if isinstance(model, Oracle) and model.remote else None
         self.log = AnswerLog(out) if self.remote is not None and out is not None else None
+        self.prepared: dict[int, Any] = {}
 
     def run(self) -> None:
         """Every chunk through every step."""
         with self._logged():
+            if isinstance(self.plan.model, Oracle):  # so that what is left of a budget is known
+                for position in range(len(self.plan.stages)):
+                    self._prepare(position)
             for number in range(self.plan.chunks):
                 self._chunk(number)
         self.progress(1.0, "done")
@@ -218,6 +224,8 @@ class _Run:
         x, y, index = chunk.x[live], chunk.y[live], torch.tensor(chunk.rows)[live]
         records: list[Record] = []
         kept, notes = _nothing(), {}
+        if len(live):
+            self._prepare(position)  # a group of its own
         with self._group(key) as group:
             result = self._attack(position, chunk, x, y, index) if len(live) else None
             if result is not None:
@@ -232,9 +240,8 @@ class _Run:
 
     def _attack(self, position: int, chunk: _Chunk, x: Tensor, y: Tensor, index: Tensor) -> Any:
         """The attack's result on at least one sample; None where an oracle's budget leaves no query for it."""
-        threat, stage = self.steps[position]
         model, seed = self.plan.model, self.plan.seed
-        attack = room("attacks").load(stage.attack)(threat=threat, until="broken", **stage.params)
+        attack = self._prepare(position)
         hook = _Hook(self, chunk.number, position)
         if not isinstance(model, Oracle) or model.budget is None:
             precision = self.plan.precision
@@ -250,6 +257,36 @@ class _Run:
                 return attack.run(model, x, y, seed=seed, index=index, progress=hook)
         except BudgetExceeded:  # what had to be sent again left too little even for the clean points
             return None
+
+    def _prepare(self, position: int) -> Any:
+        """A step's attack with what it learns once a run, whichever process learnt it; charged in its own group."""
+        plan, number = self.plan, position % len(self.plan.stages)
+        threat, stage = self.steps[position]
+        attack = plan.attack(threat, stage)
+        if number not in self.prepared:
+            known = self._learned(number, position, attack)
+            self.prepared[number] = attack.prepare(plan.model, plan.source, seed=plan.seed, known=known)
+        return replace(self.prepared[number], threat=threat)
+
+    def _learned(self, number: int, position: int, attack: Any) -> dict[str, Tensor] | None:
+        """What a stage's attack has learnt, in this process or an earlier one; None if it learns nothing."""
+        plan, key, known = self.plan, f"prepare/{number}", self.journal.known(number)
+        if key in self.journal.groups and known is None:
+            raise RunError(
+                f"what {self.steps[position][1].attack} has learnt is missing; choose another folder"
+            )
+        if attack.preparation() and key not in self.journal.groups:
+            self.tell(0, position, 0.0)
+            if known is None:
+                with self._group(key) as group:
+                    ready = attack.prepare(plan.model, plan.source, seed=plan.seed)
+                cost = Cost(**group["cost"])
+                if isinstance(plan.model, Classifier):
+                    cost.queries = attack.preparation()
+                known = self.journal.keep(number, ready.learned(), cost)
+            told = {"key": key, "attack": PREPARED, "eps": 0.0, "attempted": 0, "broken": 0, "notes": {}}
+            self._commit({**told, "cost": known[1].to_dict()}, [], _nothing())
+        return None if known is None else known[0]
 
     def _share(self, oracle: Oracle, position: int, chunk: _Chunk, live: int, kept: int) -> int:
         """The queries that a step may take: an equal part for every sample of what is not kept for later.

@@ -74,6 +74,7 @@ def _manifest(plan: Plan, journal: Journal, samples: Samples) -> dict[str, Any]:
             "classes": list(getattr(source, "classes", ())),
             "digest": data_digest(samples.digest),
         },
+        "surrogates": [{"name": clf.name, "digest": clf.digest()} for clf in plan.surrogates],
         "threat": {"norm": plan.threats[0].norm, "eps": plan.radii},
         "suite": {"name": plan.suite, "stages": describe["stages"]},
         **_oracle(model, journal),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from robust.errors import RunError
 
 Record = dict[str, Any]
 PLAN, SAMPLES, EVIDENCE = "plan.json", "samples.jsonl", "evidence"
+PREPARED = "prepare"  # the name under which what attacks learn before the first sample is charged
 
 
 @dataclass
@@ -110,6 +111,7 @@ class Journal:
         self.commits: list[Record] = []
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self._memory: list[tuple[Tensor, Tensor]] = []
+        self._known: dict[int, tuple[dict[str, Tensor], Cost]] = {}
         self._shards = 0
         if out is None:
             return
@@ -208,6 +210,30 @@ class Journal:
             raise RunError(
                 f"cannot write {path}: {error.strerror or error}; free space, then --resume"
             ) from error
+
+    def keep(self, number: int, learned: dict[str, Tensor], cost: Cost) -> tuple[dict[str, Tensor], Cost]:
+        """Keeps what the attack of a stage learnt and what that took, before it is charged: nothing is learnt twice."""
+        if self.out is not None:
+            tensors = {name: value.contiguous() for name, value in learned.items()}
+            write_atomic(self._learned(number), save(tensors, {"cost": json.dumps(cost.to_dict())}))
+        self._known[number] = learned, cost
+        return learned, cost
+
+    def known(self, number: int) -> tuple[dict[str, Tensor], Cost] | None:
+        """What `keep` has kept of a stage, in this process or the one that was killed; else None."""
+        if number not in self._known and self.out is not None and self._learned(number).is_file():
+            path = self._learned(number)
+            try:
+                with safe_open(path, "pt") as file:
+                    cost = Cost(**json.loads(file.metadata()["cost"]))
+                    self._known[number] = {name: file.get_tensor(name) for name in file.keys()}, cost  # noqa: SIM118
+            except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+                raise RunError(f"{path} cannot be read: {error}") from error
+        return self._known.get(number)
+
+    def _learned(self, number: int) -> Path:
+        assert self.out is not None
+        return self.out / EVIDENCE / f"learned-{number}.safetensors"
 
     def cost(self) -> Cost:
         """What all groups took."""

@@ -38,6 +38,7 @@ class Plan:
         chunk: samples per journal group.
         first: digest of the first samples, by which a resumed run knows its data.
         precision: what the attacks compute in: "original", "float32" or "bfloat16" (see `Attack.run`).
+        surrogates: models that transfer attacks craft on, where they need not distil one.
     """
 
     model: Classifier | Oracle
@@ -49,6 +50,7 @@ class Plan:
     chunk: int
     first: str
     precision: str
+    surrogates: tuple[Classifier, ...] = ()
 
     @property
     def radii(self) -> list[float]:
@@ -68,6 +70,10 @@ class Plan:
         """What a chunk goes through after its clean pass: every stage at every radius, the smallest first."""
         return [(threat, stage) for threat in self.threats for stage in self.stages]
 
+    def attack(self, threat: Threat, stage: Stage) -> Any:
+        """A stage's attack, as it breaks samples."""
+        return _attack(threat, stage, self.surrogates)
+
     def keys(self, number: int) -> list[str]:
         """The journal keys of a chunk: its clean pass, then `steps`."""
         attacks = [f"{number}/{eps!r}/{k}" for eps in self.radii for k in range(len(self.stages))]
@@ -76,6 +82,8 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """What `--resume` compares."""
         asked = {"answers": self.model.answers} if isinstance(self.model, Oracle) else {}
+        surrogates = [clf.digest() for clf in self.surrogates]
+        transfers = any(_transfers(stage) for stage in self.stages)
         return {
             "model": model_digest(self.model),
             **asked,
@@ -87,7 +95,17 @@ class Plan:
             "stages": [{"attack": stage.attack, **stage.params} for stage in self.stages],
             "seed": self.seed,
             "chunk": self.chunk,
+            **({"surrogates": surrogates} if transfers else {}),
         }
+
+
+def _transfers(stage: Stage) -> bool:
+    return bool(room("attacks").load(stage.attack).knowledge == "transfer")
+
+
+def _attack(threat: Threat, stage: Stage, surrogates: Sequence[Classifier]) -> Any:
+    given = {"models": tuple(surrogates)} if surrogates and _transfers(stage) else {}
+    return room("attacks").load(stage.attack)(threat=threat, until="broken", **stage.params, **given)
 
 
 def make_plan(
@@ -98,6 +116,7 @@ def make_plan(
     seed: int,
     chunk: int | None,
     precision: str = "auto",
+    surrogates: Sequence[Classifier] = (),
 ) -> Plan:
     """The plan of a run on these inputs; see `robust.evaluate` for the arguments.
 
@@ -120,18 +139,24 @@ def make_plan(
     check_samples(x, y, model.bounds)
     if isinstance(model, Classifier):
         model.check(x)
-    elif model.answers == "labels" or model.budget is not None:
-        _check_oracle(model, len(source))
+    elif model.answers == "labels" and model.known_classes is None:
+        raise RobustError(
+            "an oracle that gives labels does not say how many classes there are; pass classes="
+        )
     check_whole(source, model.bounds, model.known_classes)
-    for item in threats:
-        for stage in planned:
-            room("attacks").load(stage.attack)(threat=item, until="broken", **stage.params).validate(
-                model, x, y, None
-            )
+    if surrogates and not any(_transfers(stage) for stage in planned):
+        raise RobustError(f"suite {name} uses no surrogates; they are for suite transfer or full")
+    attacks = [_attack(item, stage, surrogates) for item in threats for stage in planned]
+    if isinstance(model, Oracle):
+        asked = sum(attack.preparation() for attack in attacks[: len(planned)])  # once for all radii
+        _check_budget(model, len(source), asked)
+    for attack in attacks:
+        attack.validate(model, x, y, None)
     first = data_digest([sample_digest(point, int(label)) for point, label in zip(x, y, strict=True)])
     size = chunk or max(32, min(256, _CHUNK_ELEMENTS // max(x[0].numel(), 1)))
     passes = len(source) * len(threats) * sum(stage.passes() for stage in planned)
-    return Plan(model, source, threats, name, planned, seed, size, first, _resolve(model, precision, passes))
+    resolved = _resolve(model, precision, passes)
+    return Plan(model, source, threats, name, planned, seed, size, first, resolved, tuple(surrogates))
 
 
 def _resolve(model: Classifier | Oracle, precision: str, passes: float) -> str:
@@ -146,14 +171,12 @@ def _resolve(model: Classifier | Oracle, precision: str, passes: float) -> str:
     return "bfloat16" if fast_bfloat16(model.device) else "float32"
 
 
-def _check_oracle(oracle: Oracle, n: int) -> None:
-    if oracle.answers == "labels" and oracle.known_classes is None:
+def _check_budget(oracle: Oracle, n: int, asked: int) -> None:
+    if oracle.left < 2 * n + asked:
+        substitute = f", and {asked} teach a substitute first" if asked else ""
         raise RobustError(
-            "an oracle that gives labels does not say how many classes there are; pass classes="
-        )
-    if oracle.left < 2 * n:
-        raise RobustError(
-            f"the query budget has {int(oracle.left)} left, but {n} samples need {2 * n} to be labelled and confirmed"
+            f"the query budget has {int(oracle.left)} left, but {n} samples need {2 * n} to be labelled and "
+            f"confirmed{substitute}"
         )
 
 

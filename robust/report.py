@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robust import report_figures as figures
 from robust.digest import write_atomic
+from robust.journal import PREPARED
 from robust.rows import Source, as_source
 
 if TYPE_CHECKING:
@@ -189,7 +190,11 @@ def _waterfall(verdict: Verdict, total: int) -> list[Step]:
 
 def _attack_order(verdict: Verdict) -> list[str]:
     return list(
-        dict.fromkeys(stage["attack"] for stage in verdict.manifest["stages"] if stage["attack"] != "clean")
+        dict.fromkeys(
+            stage["attack"]
+            for stage in verdict.manifest["stages"]
+            if stage["attack"] not in ("clean", PREPARED)
+        )
     )
 
 

@@ -15,12 +15,15 @@ DESCRIPTIONS = {
     "rand": "for randomised models: APGD-CE and APGD-DLR, gradients averaged over 20 forwards (arXiv:2003.01690)",
     "score": "Square with 5,000 queries: for models that give scores only",
     "decision": "two attacks on labels alone, 5,000 queries each: RayS, HopSkipJump, SurFree, GeoDA, Pointwise by norm",
-    "full": "standard, then decision: what gradients, scores and labels alone can break",
+    "transfer": "momentum and diverse-input attacks on given surrogates, or on a substitute from 2,000 queries",
+    "full": "standard, transfer, decision: what gradients, scores, other models and labels alone can break",
 }
 NORMS = ("linf", "l2", "l1")
-BLACK_BOX = ("score", "decision")  # suites that an oracle can answer
+BLACK_BOX = ("score", "decision", "transfer")  # suites that an oracle can answer
 # Decision-based searches by norm. In l1 none is published as a minimiser but GeoDA and Pointwise.
 _DECISION = {"linf": ("rays", "hopskipjump"), "l2": ("hopskipjump", "surfree"), "l1": ("geoda", "pointwise")}
+_TRANSFER = "mifgsm,difgsm,vmifgsm"  # what is crafted on surrogates, in every norm
+_SUBSTITUTE = {"queries": 2000}  # how one is distilled where none is given
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def stages(suite: str | Sequence[str], norm: str, black_box: bool = False) -> tu
         plan = _named(names[0], norm)
         if black_box and names[0] not in BLACK_BOX:
             raise RobustError(
-                f"suite {names[0]} needs gradients, which an Oracle does not give; use suite score or decision"
+                f"suite {names[0]} needs gradients, which an Oracle does not give; "
+                "use suite score, decision or transfer"
             )
         return names[0], plan
     attacks = room("attacks")
@@ -80,6 +84,9 @@ def _named(name: str, norm: str) -> list[Stage]:
     decision = [Stage(attack, {"queries": 5000}) for attack in _DECISION[norm]]
     if name == "decision":
         return decision
+    transfer = [Stage("surrogate", {"inner": _TRANSFER, **_SUBSTITUTE})]
+    if name == "transfer":
+        return transfer
     sparse = norm == "l1"  # the published l1 form: Croce & Hein 2021, arXiv:2103.01208
     standard = [
         Stage("apgd-ce", {"steps": 100, "restarts": 5 if sparse else 1}),
@@ -87,4 +94,5 @@ def _named(name: str, norm: str) -> list[Stage]:
         Stage("fab-t", {"steps": 100, "n_targets": 9}),
         square,
     ]
-    return [*standard, *decision] if name == "full" else standard
+    # Points of other models come before searches by labels, as they cost a query each and not thousands.
+    return [*standard, *transfer, *decision] if name == "full" else standard

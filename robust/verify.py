@@ -18,7 +18,7 @@ from robust.classifier import Classifier
 from robust.decide import BATCH, Decision, outcome
 from robust.digest import data_digest, file_digest, model_digest, read_json, sample_digest
 from robust.errors import RobustError, VerificationError
-from robust.journal import SAMPLES, read_pages, stage_table, total_cost
+from robust.journal import PREPARED, SAMPLES, read_pages, stage_table, total_cost
 from robust.oracle import Oracle
 from robust.rows import Source, as_source
 
@@ -103,7 +103,7 @@ def _check_pages(verdict: Verdict, path: Path) -> None:
         for record in records:
             if not clean and (record["broken_by"], record["eps"]) != (commit["attack"], commit["eps"]):
                 raise VerificationError(f"sample {record['i']} stands in the group of another attack or eps")
-    attacks = [commit for commit in pages.commits if commit["attack"] != "clean"]
+    attacks = [commit for commit in pages.commits if commit["attack"] not in ("clean", PREPARED)]
     if manifest["threat"]["eps"] != sorted({commit["eps"] for commit in attacks}):
         raise VerificationError(f"the manifest's eps {manifest['threat']['eps']} are not those of {SAMPLES}")
     names = list(dict.fromkeys(commit["attack"] for commit in attacks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from robust.classifier import Classifier
+    from robust.cost import Cost
     from robust.data import Data
     from robust.oracle import Oracle
     from robust.track import Curves, TrackMode
@@ -181,14 +183,14 @@ def run(
     import torch
 
     from robust.cli.purse import purse_of
-    from robust.cost import Cost
     from robust.decide import outcome
     from robust.track import Curves
 
-    total, cost, curves = len(data), Cost(), Curves()
+    total, curves = len(data), Curves()
     track: TrackMode | None = None if attack.knowledge == "white" else "best"
     aimed = target is not None and attack.knowledge == "decision"
-    purse = purse_of(model, total, aimed)
+    purse = purse_of(model, total, aimed, attack.preparation())
+    attack, cost = _prepare(attack, model, data, seed)
     examples = _examples(model, data) if aimed else {}
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, total, CHUNK):
@@ -223,6 +225,17 @@ def _curve(curves: Curves, total: int) -> dict[str, list[float | None]]:
     """Success and median distance of `total` samples against queries, as JSON can hold them."""
     columns = curves.against_queries(_GRID, total).items()
     return {key: [value if math.isfinite(value) else None for value in column] for key, column in columns}
+
+
+def _prepare(attack: Any, model: Classifier | Oracle, data: Data, seed: int) -> tuple[Any, Cost]:
+    """The attack with what it learns once, not for every chunk, and what that took."""
+    from robust.cost import Cost
+
+    begun, before = time.perf_counter(), model.cost + Cost()
+    ready = attack.prepare(model, data, seed=seed)
+    cost = model.cost - before
+    cost.queries, cost.seconds = attack.preparation(), time.perf_counter() - begun
+    return ready, cost
 
 
 def _aim(target: str, model: Classifier | Oracle, x: Tensor, y: Tensor, seed: int, index: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -12,7 +13,9 @@ import typer
 
 from robust.cli import options, settings
 from robust.cli.progress import Meter, duration
-from robust.errors import RunError
+from robust.errors import ConfigError, RunError
+from robust.models.named import FORM, NamedModel, parse_model
+from robust.registry import room
 
 if TYPE_CHECKING:
     from robust.verdict import Verdict
@@ -24,8 +27,8 @@ Suite = Annotated[
     typer.Option(
         "--suite",
         metavar="SUITE",
-        help="quick, standard, rand, score, decision, full, or a comma list of attacks. Default: standard; where only "
-        "answers are seen, score, or decision if they are labels.",
+        help="quick, standard, rand, score, decision, transfer, full, or a comma list of attacks. Default: standard; "
+        "where only answers are seen, score, or decision if they are labels.",
         show_default=False,
     ),
 ]
@@ -33,6 +36,16 @@ Out = Annotated[
     Path | None,
     typer.Option(
         "--out", metavar="RUN", help="The run folder. Default: a new one below runs/.", show_default=False
+    ),
+]
+Surrogates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--surrogate",
+        metavar="MODEL",
+        help=f"A model that suite transfer or full makes points on: {FORM}; may be repeated. Default: a substitute "
+        "distilled from the model's answers.",
+        show_default=False,
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
@@ -46,6 +59,7 @@ def evaluate_model(
     suite: Suite = None,
     n: options.Count = 1000,
     seed: options.Seed = 0,
+    surrogates: Surrogates = None,
     out: Out = None,
     resume: Resume = False,
     weights: options.Weights = None,
@@ -68,11 +82,12 @@ def evaluate_model(
         device=device, data_root=data_root, answers=answers, budget=budget, classes=classes, endpoint=endpoint,
     )  # fmt: skip
     suite = suite or (subject.black_box.suite() if subject.deployed else "standard")
-    _check_suite(suite, subject)
+    given = [parse_model(text) for text in surrogates or []]
+    _check_suite(suite, subject, surrogates=bool(given))
     folder = out or _default_out(subject, suite, resume)
     options.check_writable(folder)
     try:
-        verdict = _evaluate(subject, suite, folder, precision, resume=resume, quiet=as_json)
+        verdict = _evaluate(subject, suite, folder, precision, given, resume=resume, quiet=as_json)
     except KeyboardInterrupt:
         raise options.Interrupted(
             f"stopped; the same command with --resume --out {folder} goes on where it was"
@@ -84,7 +99,14 @@ def evaluate_model(
 
 
 def _evaluate(
-    subject: options.Subject, suite: str, folder: Path, precision: str, *, resume: bool, quiet: bool
+    subject: options.Subject,
+    suite: str,
+    folder: Path,
+    precision: str,
+    surrogates: Sequence[NamedModel],
+    *,
+    resume: bool,
+    quiet: bool,
 ) -> Verdict:
     from robust.evaluate import evaluate
 
@@ -100,15 +122,23 @@ def _evaluate(
             out=folder,
             resume=resume,
             precision=cast("Any", precision),
+            surrogates=[
+                named.load(bounds=model.bounds, device=model.device, classes=len(data.classes) or None)
+                for named in surrogates
+            ],
             progress=meter,
         )
 
 
-def _check_suite(suite: str, subject: options.Subject) -> None:
+def _check_suite(suite: str, subject: options.Subject, *, surrogates: bool) -> None:
     """An unknown suite or attack, or one that norm or model do not allow, is refused before a model is loaded."""
     from robust.suites import stages
 
-    stages(suite, subject.norm, subject.deployed)
+    planned = stages(suite, subject.norm, subject.deployed)[1]
+    if surrogates and not any(
+        room("attacks").load(stage.attack).knowledge == "transfer" for stage in planned
+    ):
+        raise ConfigError(f"--surrogate: suite {suite} uses none; they are for suite transfer or full")
 
 
 def _default_out(subject: options.Subject, suite: str, resume: bool) -> Path:

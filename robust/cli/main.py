@@ -25,6 +25,7 @@ COMMANDS = Registry(
     {
         "eval": "robust.cli.eval:evaluate_model",
         "attack": "robust.cli.attack:attack_model",
+        "transfer": "robust.cli.transfer:transfer",
         "train": "robust.cli.train:train",
         "report": "robust.cli.report:render_report",
         "serve": "robust.cli.serve:serve_model",
@@ -34,8 +35,9 @@ COMMANDS = Registry(
 )
 # One line each for `robust --help`, which so needs none of the modules.
 HELP = {
-    "eval": "Measure how robust a model is, with evidence that others can check.",
+    "eval": "Measure how robust a model is, with evidence others can check.",
     "attack": "Run one attack and report success, distances and cost.",
+    "transfer": "Measure which model's adversarial points fool which other.",
     "train": "Train a model by a recipe.",
     "report": "Write a run's report again, and verify its evidence.",
     "serve": "Serve a model's answers over HTTP, to be attacked over a socket.",

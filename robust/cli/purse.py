@@ -54,13 +54,13 @@ class OraclePurse(Purse):
 
     Args:
         oracle: the model; total: samples in all.
-        aimed: whether examples of the classes are looked for first.
+        aimed: whether examples of the classes are looked for first; first: queries that the attack learns from.
     """
 
-    def __init__(self, oracle: Oracle, total: int, aimed: bool) -> None:
+    def __init__(self, oracle: Oracle, total: int, aimed: bool, first: int = 0) -> None:
         super().__init__(oracle)
         self.oracle, self.before, self.again = oracle, oracle.cost.queries, oracle.repeated
-        least = (5 if aimed else 4) * total
+        least = first + (5 if aimed else 4) * total
         if oracle.left < least:
             raise ConfigError(
                 f"--budget: {int(oracle.left)} queries are too few to attack {total} samples; give at least {least}"
@@ -108,6 +108,6 @@ class OraclePurse(Purse):
         return self.oracle.repeated - self.again
 
 
-def purse_of(model: Classifier | Oracle, total: int, aimed: bool) -> Purse:
-    """The purse that fits the model."""
-    return OraclePurse(model, total, aimed) if isinstance(model, Oracle) else Purse(model)
+def purse_of(model: Classifier | Oracle, total: int, aimed: bool, first: int = 0) -> Purse:
+    """The purse that fits the model; see `OraclePurse`."""
+    return OraclePurse(model, total, aimed, first) if isinstance(model, Oracle) else Purse(model)

@@ -77,6 +77,15 @@ ENTRIES = {
         recipe="experiments/train/digits-at.toml",
         card="PGD adversarial training (Madry et al. 2018) on scikit-learn's digits, linf 0.2",
     ),
+    "cifar10-convnet": Entry(
+        architecture="convnet",
+        weights="cifar10-convnet.safetensors",
+        data="cifar10",
+        recipe="experiments/train/cifar10-convnet.toml",
+        card="Standard training on CIFAR-10: undefended, a source and target of transferred perturbations",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
     "mnist-at": Entry(
         architecture="lenet5",
         weights="mnist-at.safetensors",

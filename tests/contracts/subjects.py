@@ -13,7 +13,7 @@ from robust.classifier import Classifier
 from robust.threat import Threat, make_threat
 
 # What makes an attack short; only fields that it has are set.
-SHORT: dict[str, Any] = {"steps": 10, "queries": 100, "n_targets": 3}
+SHORT: dict[str, Any] = {"steps": 10, "queries": 100, "n_targets": 3, "inner": "mifgsm,difgsm", "epochs": 15}
 RADII = {"linf": 0.06, "l2": 0.5, "l1": 3.0, "l0": 6.0, "patch": 1.0}
 
 

@@ -52,6 +52,21 @@ def test_labels_alone_break_what_plain_gradients_do_not(
     assert any(f"{name}, without gradients, broke" in line for line in verdict.warnings)
 
 
+@pytest.mark.parametrize("mask", [Rounds, Saturates])
+def test_points_of_a_substitute_break_what_plain_gradients_do_not(
+    mask: type[nn.Module], subject: tuple[nn.Module, Tensor, Tensor]
+) -> None:
+    verdict = verdict_of(mask, ["pgd", "surrogate"], subject)
+    by_transfer = sum(broken == "surrogate" for broken in verdict.broken_by)
+    assert by_transfer > 8
+    assert any("surrogate, with other models' gradients, broke" in line for line in verdict.warnings)
+    alone = verdict_of(mask, "transfer", subject)
+    assert alone.robust_accuracy < 0.4
+    assert not any("broke" in line for line in alone.warnings), "there is nothing to compare it with"
+    learnt = [stage for stage in alone.manifest["stages"] if stage["attack"] == "prepare"]
+    assert [stage["cost"]["queries"] for stage in learnt] == [2000]
+
+
 def test_an_oracle_of_labels_gets_a_verdict_by_the_suite_decision(
     subject: tuple[nn.Module, Tensor, Tensor],
 ) -> None:
