@@ -67,6 +67,9 @@ REGISTRY = Registry(
         "gaussian-noise": "robust.attacks.blackbox.gaussiannoise:GaussianNoise",
         "superdeepfool": "robust.attacks.whitebox.superdeepfool:SuperDeepFool",
         "cw-linf": "robust.attacks.whitebox.cw:CWLinf",
+        "uap": "robust.attacks.universal.uap:UAP",
+        "targeted-uap": "robust.attacks.universal.targeted_uap:TargetedUAP",
+        "patch": "robust.attacks.patch.attack:AdversarialPatch",
         "autoattack": "robust.attacks.autoattack:AutoAttack",
     },
 )

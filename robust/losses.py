@@ -98,6 +98,20 @@ def kl(logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tens
     return (clean.exp() * (clean - logits.log_softmax(1))).sum(1)
 
 
+def escape(
+    logits: Tensor, y: Tensor, targets: Tensor | None = None, reference: Tensor | None = None
+) -> Tensor:
+    """Log-probability of a goal, log(1 − p_y), or log p_t with a target: what is fooled already pulls no more.
+
+    Cross-entropy grows without bound on points that are lost already; a change that many points share is better
+    spent on those that still stand (compare the clipped loss of Shafahi et al. 2020, arXiv:1811.11304, section 4).
+    """
+    if targets is not None:
+        return cross_entropy(logits, y, targets)
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.logsumexp(1) - logits.logsumexp(1)
+
+
 def _needs(logits: Tensor, classes: int, name: str, instead: str) -> None:
     if logits.shape[1] < classes:
         raise RobustError(f"{name} needs {classes} classes, the model has {logits.shape[1]}; use {instead}")
@@ -138,6 +152,7 @@ REGISTRY = Registry(
         "targeted-dlr": "robust.losses:targeted_dlr",
         "combined-targeted": "robust.losses:combined_targeted",
         "kl": "robust.losses:kl",
+        "escape": "robust.losses:escape",
     },
 )
 get = REGISTRY.load
