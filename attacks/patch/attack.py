@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from robust.attacks.base import Targets
-from robust.attacks.patch.placement import Ranges, placed, shape_mask
+from robust.attacks.patch.placement import Ranges, patch_threat, placed, shape_mask
 from robust.attacks.patch.trained import TrainedPatch, weathered
 from robust.attacks.trial import Trial
 from robust.attacks.universal.base import (
@@ -58,6 +58,11 @@ class AdversarialPatch(UniversalAttack):
     brightness: float = 0.1
     noise: float = 0.02
     step_size: float = 0.05
+
+    @classmethod
+    def sized(cls, share: float, height: int, width: int, **fields: Any) -> AdversarialPatch:
+        """A square or round patch of at most `share` of the area of images of `height` × `width` pixels."""
+        return cls(threat=patch_threat(share, height, width, fields.get("shape", "rectangle")), **fields)
 
     def fit(
         self,

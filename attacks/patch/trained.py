@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -89,11 +89,25 @@ class TrainedPatch:
             texture = weathered(texture, draws, self.brightness, self.noise, self.bounds)
         return placed(x.float(), texture, self.mask, placements).clamp(*self.bounds).to(x.dtype)
 
+    def control(self, seed: int = 0) -> TrainedPatch:
+        """Keyed noise in the same shape: what merely covering that part of an image does."""
+        low, high = self.bounds
+        noise = Draws(seed, "control", torch.zeros(1, dtype=torch.long)).uniform(*self.texture.shape)[0]
+        return replace(self, texture=low + (high - low) * noise, history=[])
+
     def points(self, trial: Trial) -> Tensor:
         """The trial's samples with the patch upright, at its own size and at keyed places: within its threat."""
         draws = Draws(trial.seed, "patch/upright", identities(trial.index))
         where = upright(draws, (trial.x.shape[2], trial.x.shape[3]), self.size)
         return trial.threat.project(self.at(trial.x, where), trial.x, trial.bounds)
+
+    def axes(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Angles and scales within and beyond what it was learnt for, at which its success is worth knowing."""
+        turn = min(self.ranges.rotation or 10.0, 90.0)
+        angles = tuple(round(turn * step / 2, 2) for step in range(-4, 5))
+        low, high = self.ranges.smallest, self.ranges.largest
+        scales = {0.75 * low, low, (low + 1) / 2, 1.0, (1 + high) / 2, high, 1.25 * high}
+        return angles, tuple(sorted({round(scale, 3) for scale in scales}))
 
     def place(
         self,

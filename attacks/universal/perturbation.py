@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from robust.attacks.universal.base import (
 )
 from robust.ball import Bounds, Threat
 from robust.errors import DataError, RobustError
+from robust.rng import Draws
 from robust.threat import make_threat
 
 
@@ -57,6 +58,11 @@ class Perturbation:
         clean = x.float()
         moved = clean + self.delta.to(clean)
         return (threat or self.threat).project(moved, clean, self.bounds).to(x.dtype)
+
+    def control(self, seed: int = 0) -> Perturbation:
+        """Keyed noise as long as the threat allows: what any perturbation of that size does."""
+        noise = Draws(seed, "control", torch.zeros(1, dtype=torch.long)).normal(*self.delta.shape)
+        return replace(self, delta=self.threat.radius * self.threat.steepest(noise)[0], history=[])
 
     def points(self, trial: Trial) -> Tensor:
         """See `robust.attacks.universal.base.Change`."""

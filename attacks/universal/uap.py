@@ -26,7 +26,7 @@ class UAP(PerturbationAttack):
     One perturbation that changes the answers on most images. "gradient" is stochastic projected gradient ascent
     (Shafahi et al. 2020, arXiv:1811.11304), which is stronger at a fraction of the cost; "deepfool" is the paper's
     algorithm: where an image still stands under the perturbation, the smallest change that fools it is added, and the
-    sum is projected. The paper takes one image at a time (`batch=1`); of more, the mean of their changes is added.
+    sum is projected. The paper takes one image at a time (`batch=1`); of more, all their changes are added at once.
 
     Departures: the labels given count, not the model's own answers; the number of steps is fixed, the rate is measured.
 
@@ -58,7 +58,7 @@ class UAP(PerturbationAttack):
                 continue
             standing = ~hit
             extra = self._smallest(trial, rows[standing], points[standing])
-            delta = within(largest, delta + (extra * free[standing]).mean(0, keepdim=True), trial.bounds)
+            delta = within(largest, delta + (extra * free[standing]).sum(0, keepdim=True), trial.bounds)
         return delta[0]
 
     def _smallest(self, trial: Trial, rows: Tensor, points: Tensor) -> Tensor:
