@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from robust import report_figures as figures
 from robust.digest import write_atomic
@@ -20,7 +19,17 @@ if TYPE_CHECKING:
     from robust.universal_run import UniversalRun
 
 GALLERY = 12
-_ELSEWHERE = ("grid", "history", "transfer", "control", "printed", "photos", "warnings", "command", "interval")
+_ELSEWHERE = (
+    "grid",
+    "history",
+    "transfer",
+    "control",
+    "printed",
+    "photos",
+    "warnings",
+    "command",
+    "interval",
+)
 _WIDTH, _HEIGHT = 480, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 16, 52
 
@@ -64,9 +73,22 @@ def _context(run: UniversalRun) -> dict[str, Any]:
         "command": summary.get("command"),
         **{
             name: summary[name]
-            for name in ("attack", "model", "data", "train", "n", "target", "target_name", "seed", "success_rate")
+            for name in (
+                "attack",
+                "model",
+                "data",
+                "train",
+                "n",
+                "target",
+                "target_name",
+                "seed",
+                "success_rate",
+            )
         },
-        **{name: summary[name] for name in ("interval", "fooled", "attempted", "clean_accuracy", "robust_accuracy")},
+        **{
+            name: summary[name]
+            for name in ("interval", "fooled", "attempted", "clean_accuracy", "robust_accuracy")
+        },
         **{name: summary[name] for name in ("warnings", "cost", "out")},
         "learnt_by": summary["learning"],
         "print": summary.get("print"),
@@ -165,7 +187,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-# -- figures ------------------------------------------------------------------------------------------------------------
+# -- figures -----------------------------------------------------------------------------------------------------------
 
 
 def _over_angle(grid: Grid, summary: Mapping[str, Any]) -> str:
@@ -221,13 +243,13 @@ def line_svg(
             f'<rect class="learnt" x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" '
             f'height="{_HEIGHT - _TOP - _BOTTOM}"/>'
         )
-    for share in (0, 25, 50, 75, 100):
-        y = down(share / 100)
+    for tick in (0, 25, 50, 75, 100):
+        y = down(tick / 100)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 5:.1f}" text-anchor="end">{share} %</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 5:.1f}" text-anchor="end">{tick} %</text>')
     points = "L".join(f"{across(value):.1f},{down(share):.1f}" for value, share in pairs)
     parts.append(f'<path class="measured" d="M{points}"/>')
-    at = -1e9
+    at = float("-inf")
     for value, share in pairs if marks else (pairs[0], pairs[len(pairs) // 2], pairs[-1]):
         x = across(value)
         if marks:
@@ -240,7 +262,9 @@ def line_svg(
                 f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{value:g}</text>'
             )
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(label)}</text>')
+    parts.append(
+        f'<text class="axis" x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(label)}</text>'
+    )
     said = "; ".join(f"{value:g}: {share:.1%}" for value, share in pairs) if marks else label
     return (
         f'<svg class="curve fooled" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="{name}-name">'

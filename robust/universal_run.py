@@ -1,4 +1,4 @@
-"""A run of a universal attack or a patch: learnt on some images, measured on others and on other models, and written."""
+"""A run of a universal attack or a patch: learnt on some images, measured on others and on other models."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ class UniversalRun:
         low, high = self.model.bounds
         told = []
         for path in paths:
-            photo = low + (high - low) * _channels(EncodedImages([str(path)]).read([0])[0], self.unseen.shape[0])
+            photo = low + (high - low) * _channels(
+                EncodedImages([str(path)]).read([0])[0], self.unseen.shape[0]
+            )
             placed = self.change.place(photo, at=(0.5, 0.7))
             self.photos.append((path.name, photo, placed))
             small = torch.stack([_resized(image, self.unseen.shape) for image in (photo, placed)])
@@ -80,7 +82,12 @@ class UniversalRun:
             self.change.save(out / "patch.safetensors")
             if self.change.texture.shape[0] in (1, 3):
                 dots = self.change.save_png(out / "patch.png", width_mm=width_mm, dpi=dpi)
-                self.summary["print"] = {"width_mm": width_mm, "dpi": dpi, "height": dots[0], "width": dots[1]}
+                self.summary["print"] = {
+                    "width_mm": width_mm,
+                    "dpi": dpi,
+                    "height": dots[0],
+                    "width": dots[1],
+                }
         else:
             self.change.save(out / "perturbation.safetensors")
             delta = self.change.delta
@@ -129,7 +136,7 @@ def learn_and_measure(
         progress=lambda done: progress(0.6 + 0.1 * done, f"{len(unseen)} unseen images"),
     )  # fmt: skip
     run = UniversalRun({}, change, model, unseen, measured)
-    extra = {"control": _again(run, applied(change.control(seed), seed), target, seed)}
+    extra: dict[str, Any] = {"control": _again(run, applied(change.control(seed), seed), target, seed)}
     if run.is_patch:
         extra["printed"] = _again(run, applied(change, seed, printing=True), target, seed)
         run.grid = _grid(run, seed, progress)
@@ -216,9 +223,7 @@ def doubts(summary: Mapping[str, Any], classes: int) -> list[str]:
         found.append("the model is hardly better than guessing on clean images; is the normalisation right?")
     control = summary["control"]["success_rate"]
     if control and control > 0.5 * rate:
-        found.append(
-            f"noise of the same size fools {control:.1%}: much of the success needs no learning"
-        )
+        found.append(f"noise of the same size fools {control:.1%}: much of the success needs no learning")
     history = summary["history"]
     if len(history) > 1 and history[-1]["loss"] <= history[0]["loss"]:
         found.append("the loss did not rise while it was learnt; try more steps or another step_size")
@@ -250,4 +255,6 @@ def _channels(image: Tensor, wanted: int) -> Tensor:
 
 def _resized(image: Tensor, shape: Sequence[int]) -> Tensor:
     """A photograph at the model's resolution, filtered; its sides' ratio becomes the model's."""
-    return F.interpolate(image[None], tuple(shape[1:]), mode="bilinear", antialias=True, align_corners=False)[0]
+    return F.interpolate(image[None], tuple(shape[1:]), mode="bilinear", antialias=True, align_corners=False)[
+        0
+    ]

@@ -140,7 +140,9 @@ class AdversarialPatch(UniversalAttack):
         ):
             raise DataError(f"mask is {tuple(mask.shape)}; it must be {sides}, in [0, 1] and not empty")
         low, high = trial.bounds
-        noise = Draws(trial.seed, "patch/start", torch.zeros(1, dtype=torch.long)).uniform(channels, *sides)[0]
+        noise = Draws(trial.seed, "patch/start", torch.zeros(1, dtype=torch.long)).uniform(channels, *sides)[
+            0
+        ]
         classes = [] if trial.targets is None else trial.targets.unique().tolist()
         return TrainedPatch(
             texture=low + (high - low) * noise,

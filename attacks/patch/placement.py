@@ -122,7 +122,7 @@ def _grid(x: Tensor, placements: Placements, patch: tuple[int, int]) -> Tensor:
 
 
 def shape_mask(shape: str, height: int, width: int) -> Tensor:
-    """(height, width) float32: 1 on the patch, 0 beside it; "round" is the ellipse that touches the rectangle's sides."""
+    """(height, width) float32: 1 on the patch, else 0; "round" is the ellipse that touches the sides."""
     if shape == "rectangle":
         return torch.ones(height, width)
     if shape != "round":

@@ -124,13 +124,18 @@ class TrainedPatch:
             angle: degrees, clockwise.
         """
         if photo.dim() != 3 or photo.shape[0] != self.texture.shape[0]:
-            raise DataError(f"the photograph is {tuple(photo.shape)}; it must be ({self.texture.shape[0]}, H, W)")
+            raise DataError(
+                f"the photograph is {tuple(photo.shape)}; it must be ({self.texture.shape[0]}, H, W)"
+            )
         if not scale > 0:
             raise RobustError(f"scale={scale:g} shows no patch; give a positive number")
         height, width = photo.shape[1:]
         factor = scale * min(height, width) / min(self.image)
         where = Placements(
-            *(torch.tensor([value]) for value in (float(angle), factor, at[0] * height - 0.5, at[1] * width - 0.5))
+            *(
+                torch.tensor([value])
+                for value in (float(angle), factor, at[0] * height - 0.5, at[1] * width - 0.5)
+            )
         )
         return self.at(photo[None], where)[0]
 
@@ -168,7 +173,9 @@ class TrainedPatch:
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.texture.shape[0]:
-            raise DataError(f"x is {tuple(x.shape)}; this patch fits images (N, {self.texture.shape[0]}, H, W)")
+            raise DataError(
+                f"x is {tuple(x.shape)}; this patch fits images (N, {self.texture.shape[0]}, H, W)"
+            )
 
 
 def weathered(texture: Tensor, draws: Draws, brightness: float, noise: float, bounds: Bounds) -> Tensor:

@@ -1,4 +1,4 @@
-"""What attacks share that look for one change of all samples: mini-batches, twins, and how a found change is applied."""
+"""What attacks share that look for one change of all samples: mini-batches, twins, and how a change is applied."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class UniversalAttack(Attack):
     @classmethod
     def passes(cls, **chosen: Any) -> float:
         """See `Attack.passes`; of the samples it learns from, if they are 500."""
-        return 3.0 * chosen.get("steps", cls.steps) * chosen.get("batch", cls.batch) / 500
+        return float(3 * chosen.get("steps", cls.steps) * chosen.get("batch", cls.batch) / 500)
 
 
 def where_allowed(trial: Trial, rows: Tensor, points: Tensor) -> Tensor:

@@ -87,9 +87,7 @@ class Perturbation:
         tensors, facts = read_change(Path(path), "perturbation")
         threat = make_threat(facts["threat"]["norm"], facts["threat"]["eps"])
         low, high = facts["bounds"]
-        return cls(
-            tensors["delta"], threat, (low, high), facts["target"], facts["history"], facts["cost"]
-        )
+        return cls(tensors["delta"], threat, (low, high), facts["target"], facts["history"], facts["cost"])
 
 
 def read_change(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -124,7 +122,9 @@ class PerturbationAttack(UniversalAttack):
         """See `UniversalAttack.learn`."""
         self.check_steps()
         if not 0 <= self.momentum < 1 or (self.step_size is not None and not self.step_size > 0):
-            raise RobustError(f"momentum={self.momentum}, step_size={self.step_size}: in [0, 1), and positive")
+            raise RobustError(
+                f"momentum={self.momentum}, step_size={self.step_size}: in [0, 1), and positive"
+            )
         history = History(self.steps)
         return self.found(trial, self.ascend(trial, history), history)
 

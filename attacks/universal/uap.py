@@ -42,7 +42,9 @@ class UAP(PerturbationAttack):
         """See `PerturbationAttack.ascend`."""
         if self.method not in ("gradient", "deepfool"):
             raise RobustError(f"method={self.method!r} is unknown; use 'gradient' or 'deepfool'")
-        return super().ascend(trial, history) if self.method == "gradient" else self._accumulate(trial, history)
+        return (
+            super().ascend(trial, history) if self.method == "gradient" else self._accumulate(trial, history)
+        )
 
     def _accumulate(self, trial: Trial, history: History) -> Tensor:
         """Algorithm 1 of the paper, over mini-batches."""

@@ -174,7 +174,8 @@ def hyper_parameters(kind: Any, settings: Sequence[str]) -> dict[str, Any]:
     # The threat has options of its own; what is left are the hyper-parameters, read as a configuration file's are.
     members = [(item.name, hints[item.name], copy(item)) for item in fields(kind) if item.name != "threat"]
     plain: type[Any] = make_dataclass(kind.__name__, members, kw_only=True)
-    return vars(from_mapping(parse_settings(settings), plain, name="--set"))
+    chosen: dict[str, Any] = vars(from_mapping(parse_settings(settings), plain, name="--set"))
+    return chosen
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

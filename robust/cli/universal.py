@@ -83,12 +83,16 @@ class Extras:
     also: tuple[str, ...] = ()
     photos: tuple[Path, ...] = ()
 
-    def refuse(self, name: str, only: Sequence[str] = ("train", "size", "width_mm", "also", "photos")) -> None:
+    def refuse(
+        self, name: str, only: Sequence[str] = ("train", "size", "width_mm", "also", "photos")
+    ) -> None:
         """One line if any of these options was given to an attack that has no use for it."""
         for field in only:
             if getattr(self, field) not in (None, ()):
                 option = "--" + {"width_mm": "width-mm", "photos": "photo"}.get(field, field)
-                raise ConfigError(f"{option}: {name} has no use for it; it is for patches and universal attacks")
+                raise ConfigError(
+                    f"{option}: {name} has no use for it; it is for patches and universal attacks"
+                )
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,12 @@ def run(
             precision=precision,
             progress=meter,
         )
-        found.summary |= {"model": job.subject.model, "data": job.subject.data, "out": None, "command": _command()}
+        found.summary |= {
+            "model": job.subject.model,
+            "data": job.subject.data,
+            "out": None,
+            "command": _command(),
+        }
         found.show_photos(extras.photos)
         if out is not None:
             found.write(out, width_mm=extras.width_mm or WIDTH_MM, dpi=DPI)
@@ -195,7 +204,7 @@ def _check(
                                    n=n + train, **given)  # fmt: skip
     if len(subject.eps) > 1:
         raise ConfigError("--eps: an attack takes one radius; `robust eval` takes a list")
-    if not patch and subject.norm not in kind.norms or patch and subject.norm != "linf":
+    if (not patch and subject.norm not in kind.norms) or (patch and subject.norm != "linf"):
         raise ThreatError(f"--norm: {name} has no {subject.norm} form; it knows {', '.join(kind.norms)}")
     return Job(name, kind, subject, extras, settings, target, precision, out)
 
@@ -216,7 +225,9 @@ def _load(job: Job, n: int) -> tuple[Classifier, Data, Data]:
     """The model, the images to learn from, and the unseen ones after them; half each where there are too few."""
     model, data = job.subject.load()
     if len(data) < 2:
-        raise ConfigError(f"--data: {data.name} has {len(data)} image; one to learn from and one unseen are needed")
+        raise ConfigError(
+            f"--data: {data.name} has {len(data)} image; one to learn from and one unseen are needed"
+        )
     train = job.extras.train or TRAIN
     if len(data) - train < min(n, len(data) // 2):
         train = len(data) // 2
@@ -264,9 +275,15 @@ def _others(job: Job, data: Data) -> dict[str, Classifier]:
         spec, _, weights = text.partition("@")
         if weights and not Path(weights).exists():
             raise ConfigError(f"--also: {weights} does not exist")
-        statistics = {"mean": subject.mean, "std": subject.std} if weights else {}
-        other = load_model(spec, weights=weights or None, bounds=subject.bounds, device=subject.device,
-                           classes=len(data.classes) or None, **statistics)  # fmt: skip
+        other = load_model(
+            spec,
+            weights=weights or None,
+            mean=subject.mean if weights else None,
+            std=subject.std if weights else None,
+            bounds=subject.bounds,
+            device=subject.device,
+            classes=len(data.classes) or None,
+        )
         other.module.eval()
         other.logits(data.batch([0])[0])
         found[text if text not in found else f"{text} again"] = other
@@ -285,7 +302,9 @@ def _show(summary: dict[str, Any]) -> None:
     if "grid" in summary:
         rows.append(("scale and angle", _corners(summary["grid"])))
     rows += [(f"on {row['model']}", _rate(row)) for row in summary["transfer"]]
-    rows += [(row["photo"], f"{row['clean']} becomes {row['with_patch']}") for row in summary.get("photos", ())]
+    rows += [
+        (row["photo"], f"{row['clean']} becomes {row['with_patch']}") for row in summary.get("photos", ())
+    ]
     cost = summary["cost"]
     counts = (f"{int(cost[key]):,} {key}" for key in ("forwards", "backwards") if cost[key])
     rows.append(("cost", "  ".join([*counts, duration(cost["seconds"])])))
@@ -311,7 +330,8 @@ def _rate(row: dict[str, Any]) -> str:
     if row["success_rate"] is None:
         return "nothing to fool"
     low, high = (options.percent(value) for value in row["interval"])
-    return f"{options.percent(row['success_rate'])}   {row['fooled']} of {row['attempted']}, 95 % interval {low} to {high}"
+    rate = options.percent(row["success_rate"])
+    return f"{rate}   {row['fooled']} of {row['attempted']}, 95 % interval {low} to {high}"
 
 
 def _corners(grid: dict[str, Any]) -> str:

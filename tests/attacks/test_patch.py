@@ -138,7 +138,9 @@ class Tinted(nn.Module):
 def test_towards_a_class_the_patch_takes_the_colour_that_the_weights_say() -> None:
     clf, x = Classifier(Tinted().eval()), torch.rand(20, 3, 16, 16)
     y = torch.zeros(20, dtype=torch.long)
-    attack = AdversarialPatch(threat=Patch(height=4, width=4), steps=120, step_size=0.1, brightness=0.0, noise=0.0)
+    attack = AdversarialPatch(
+        threat=Patch(height=4, width=4), steps=120, step_size=0.1, brightness=0.0, noise=0.0
+    )
     found = attack.fit(clf, x, y, targets=1)
     assert found.target == 1
     # The gradient in every texel has the sign of w_1 − w_0 weighted by p_0, and of w_1 − w_2 by p_2: here they agree.
@@ -165,7 +167,9 @@ def test_any_mask_gives_the_patch_its_shape() -> None:
     clf, x, y = small(n=20)
     mask = torch.zeros(4, 5)
     mask[1:3] = 1
-    attack = AdversarialPatch(threat=Patch(height=4, width=5), steps=10, rotation=0.0, min_scale=1.0, max_scale=1.0)
+    attack = AdversarialPatch(
+        threat=Patch(height=4, width=5), steps=10, rotation=0.0, min_scale=1.0, max_scale=1.0
+    )
     found = attack.fit(clf, x, y, mask=mask)
     changed = (found.at(x[:1], where(0.0, 1.0, 2.5, 3.0)) != x[:1])[0, 0]
     assert changed.any(1).nonzero()[:, 0].tolist() == [2, 3], "two rows, though the rectangle has four"
@@ -176,13 +180,19 @@ def test_any_mask_gives_the_patch_its_shape() -> None:
 
 
 @pytest.mark.parametrize(("width_mm", "dpi"), [(100.0, 300.0), (25.4, 150.0), (60.0, 96.0)])
-def test_a_print_has_the_dots_that_its_size_takes_and_says_so(tmp_path: Path, width_mm: float, dpi: float) -> None:
+def test_a_print_has_the_dots_that_its_size_takes_and_says_so(
+    tmp_path: Path, width_mm: float, dpi: float
+) -> None:
     one = patch(4, 6)
     dots = one.save_png(tmp_path / "patch.png", width_mm=width_mm, dpi=dpi)
     with Image.open(tmp_path / "patch.png") as picture:
-        assert picture.size == (dots[1], dots[0]) == (
-            round(width_mm / 25.4 * dpi),
-            round(width_mm * 4 / 6 / 25.4 * dpi),
+        assert (
+            picture.size
+            == (dots[1], dots[0])
+            == (
+                round(width_mm / 25.4 * dpi),
+                round(width_mm * 4 / 6 / 25.4 * dpi),
+            )
         )
         stored = picture.info["dpi"]
         assert stored == pytest.approx((dpi, dpi), rel=1e-3)
@@ -194,7 +204,9 @@ def test_a_print_shows_the_patch_that_was_measured_and_leaves_the_rest_white(tmp
     one.save_png(tmp_path / "blocks.png", width_mm=50.8, dpi=125, smooth=False)
     with Image.open(tmp_path / "blocks.png") as picture:
         centres = [picture.getpixel((25 + 50 * c, 25 + 50 * r)) for r in range(5) for c in range(5)]
-    expected = [tuple((one.texture[:, r, c] * 255).round().int().tolist()) for r in range(5) for c in range(5)]
+    expected = [
+        tuple((one.texture[:, r, c] * 255).round().int().tolist()) for r in range(5) for c in range(5)
+    ]
     for texel, want, covered in zip(centres, expected, one.mask.flatten().tolist(), strict=True):
         assert texel == (want if covered else (255, 255, 255))
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from robust.attacks.trial import Trial
 from robust.attacks.universal.base import batches
 from robust.attacks.universal.perturbation import Perturbation
 from robust.attacks.universal.targeted_uap import TargetedUAP
 from robust.attacks.universal.uap import UAP
-from robust.attacks.trial import Trial
 from robust.classifier import Classifier
 from robust.data import load_data
 from robust.errors import DataError, RobustError
@@ -33,14 +33,17 @@ def test_towards_a_class_of_a_two_class_linear_model_it_is_the_steepest_directio
     assert bool(threat.inside(found.apply(x), x, clf.bounds).all())
 
 
-@pytest.mark.parametrize("fields", [{"batch": 1, "steps": 40}, {"batch": 8, "steps": 40}], ids=["paper", "batches"])
+@pytest.mark.parametrize(
+    "fields", [{"batch": 1, "steps": 40}, {"batch": 8, "steps": 40}], ids=["paper", "batches"]
+)
 def test_the_paper_s_algorithm_fools_a_linear_model_that_noise_does_not(fields: dict[str, int]) -> None:
     clf, x, y, _, _ = linear(n=40)
     threat = L2(2.0)
     found = UAP(threat=threat, method="deepfool", **fields).fit(clf, x, y)
     assert float(found.delta.norm()) <= 2.0 + 1e-5
     fooled, noise = (
-        float((clf.logits(change.apply(x)).argmax(1) != y).double().mean()) for change in (found, found.control())
+        float((clf.logits(change.apply(x)).argmax(1) != y).double().mean())
+        for change in (found, found.control())
     )
     assert fooled > 0.5
     assert fooled > 2 * noise
@@ -107,7 +110,9 @@ def test_a_perturbation_is_stored_whole_and_fits_its_own_images_only(tmp_path: P
         Perturbation.load(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("fields", [{"steps": 0}, {"batch": 0}, {"momentum": 1.0}, {"step_size": 0.0}, {"method": "x"}])
+@pytest.mark.parametrize(
+    "fields", [{"steps": 0}, {"batch": 0}, {"momentum": 1.0}, {"step_size": 0.0}, {"method": "x"}]
+)
 def test_what_cannot_be_is_one_line(fields: dict[str, object]) -> None:
     clf, x, y = small(n=3)
     with pytest.raises(RobustError) as caught:
@@ -115,7 +120,9 @@ def test_what_cannot_be_is_one_line(fields: dict[str, object]) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_on_a_real_network_it_fools_unseen_images_that_noise_does_not(shared: Path, cifar10_test: Path) -> None:
+def test_on_a_real_network_it_fools_unseen_images_that_noise_does_not(
+    shared: Path, cifar10_test: Path
+) -> None:
     weights = shared / "weights" / "cifar10_resnet20.safetensors"
     if not weights.is_file():
         pytest.skip(f"no ResNet-20: {weights} is missing")

@@ -117,7 +117,9 @@ def test_attack_keeps_the_dtype_and_stays_inside_after_rounding(name: str, norm:
     assert bool(make(name, norm).threat.inside(x_adv, x, clf.bounds).all())
 
 
-@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if case[1] != "patch"])  # whose eps stays 1
+@pytest.mark.parametrize(
+    ("name", "norm"), [case for case in CASES if case[1] != "patch"]
+)  # whose eps stays 1
 def test_attack_takes_one_eps_per_sample(name: str, norm: str) -> None:
     clf, x, y = small(n=6)
     eps = torch.tensor([0.2, 0.5, 1.0, 1.0, 2.0, 0.01]) * RADII[norm]

@@ -38,7 +38,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, UniversalRun]:
         others=others,
     )
     patch.show_photos(photos)
-    uap = learn_and_measure(kinds[1](threat=Linf(0.2), steps=20), clf, learn, unseen, name="uap", others=others)
+    uap = learn_and_measure(
+        kinds[1](threat=Linf(0.2), steps=20), clf, learn, unseen, name="uap", others=others
+    )
     found = {"patch": patch, "uap": uap}
     for name, run in found.items():
         run.write(out / name)
@@ -88,7 +90,9 @@ def test_the_numbers_are_the_run_s(page: Any) -> None:
 def test_what_was_learnt_its_placements_and_photographs_are_drawn(page: Any) -> None:
     patch, count = page.run.is_patch, min(12, page.run.summary["attempted"])
     assert page.locator(".sample").count() == count
-    images = page.evaluate("() => [...document.images].map(i => [i.complete, i.naturalWidth, i.width, i.alt])")
+    images = page.evaluate(
+        "() => [...document.images].map(i => [i.complete, i.naturalWidth, i.width, i.alt])"
+    )
     assert len(images) == 1 + 2 * count + (2 if patch else 0)
     for complete, natural, drawn, alt in images:
         assert complete
@@ -99,7 +103,10 @@ def test_what_was_learnt_its_placements_and_photographs_are_drawn(page: Any) -> 
     rows = page.run.outcome.attempted.nonzero()[:count, 0]
     assert fooled == int(page.run.outcome.fooled[rows].sum())
     if patch:
-        assert page.evaluate("[...document.querySelectorAll('.photo img')].map(i => i.naturalWidth)") == [200, 50]
+        assert page.evaluate("[...document.querySelectorAll('.photo img')].map(i => i.naturalWidth)") == [
+            200,
+            50,
+        ]
         assert "1,181 × 1,181 dots at 300 dpi" in shown(page, "#print")
 
 
@@ -162,7 +169,8 @@ def test_headings_tables_and_names_make_sense_without_eyes(page: Any) -> None:
     ids = page.evaluate("() => [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
     named = page.evaluate(
-        "[...document.querySelectorAll('[aria-labelledby]')].every(e => document.getElementById(e.getAttribute('aria-labelledby')))"
+        """() => [...document.querySelectorAll('[aria-labelledby]')]
+             .every(e => document.getElementById(e.getAttribute('aria-labelledby')))"""
     )
     assert named
 

@@ -111,9 +111,13 @@ def test_a_patch_on_the_command_line_writes_its_folder(
     save(photo, 3, (40, 30, 3))
     out = tmp_path / "out"
     extra = ["--out", str(out), "--also", "zoo:digits-at", "--photo", str(photo), "--width-mm", "50"]
-    found = json.loads(answer(capsys, "attack", "patch", *QUICK, "--size", "3x2", "--target", "8", *extra, "--json"))
+    found = json.loads(
+        answer(capsys, "attack", "patch", *QUICK, "--size", "3x2", "--target", "8", *extra, "--json")
+    )
     assert found == json.loads((out / "summary.json").read_text())
-    assert {"clean_accuracy", "robust_accuracy", "n", "threat", "suite", "seconds", "warnings", "out"} <= set(found)
+    assert {"clean_accuracy", "robust_accuracy", "n", "threat", "suite", "seconds", "warnings", "out"} <= set(
+        found
+    )
     assert (found["n"], found["train"], found["target"], found["shape"]) == (40, 60, 8, [3, 2])
     assert found["threat"] == {"norm": "patch", "eps": 1.0, "height": 3, "width": 2}
     assert found["attempted"] < found["n"], "no eights, and none that was wrong"
