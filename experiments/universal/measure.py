@@ -60,7 +60,7 @@ CASES = {
 
 
 def measure(
-    case: Case, name: str, clf: Classifier, data: Data, others: dict[str, Classifier], train: int
+    case: Case, clf: Classifier, data: Data, others: dict[str, Classifier], train: int
 ) -> UniversalRun:
     """One case, learnt on the first `train` images and measured on the rest."""
     learn, unseen = data.subset(range(train)), data.subset(range(train, len(data)))
@@ -151,7 +151,7 @@ def main() -> None:
                 )
             )
             continue
-        run = measure(case, name, clf, data, others, arguments.train)
+        run = measure(case, clf, data, others, arguments.train)
         run.change.save(path.with_suffix(".safetensors"))
         if run.is_patch:
             run.change.save_png(path.with_suffix(".png"), width_mm=50, dpi=150, smooth=False)
