@@ -117,11 +117,10 @@ def _picture(run: UniversalRun) -> dict[str, Any]:
 
 
 def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per measurement: on the model itself, in print, noise instead, and on other models."""
+    """One row per measurement: on the model itself, in print, and on other models; noise of its size beside them."""
     rows = [{"what": "as learnt, on unseen images", **summary}]
     if "printed" in summary:
-        rows.append({"what": "under light and print noise too", **summary["printed"]})
-    rows.append({"what": "noise of the same size instead", **summary["control"]})
+        rows.append({"what": "under light and print noise too", **summary["printed"], "control": None})
     rows += [{"what": f"on {row['model']}", **row} for row in summary["transfer"]]
     return rows
 

@@ -142,7 +142,7 @@ def learn_and_measure(
         run.grid = _grid(run, seed, progress)
         extra["grid"] = asdict(run.grid)
     extra["transfer"] = [
-        {"model": other, **outcome(clf, unseen, applied(change, seed), target=target, seed=seed).summary()}
+        {"model": other, **elsewhere(clf, unseen, change, target, seed)}
         for other, clf in (others or {}).items()
     ]
     cost = model.cost - before
@@ -164,6 +164,14 @@ def _again(run: UniversalRun, apply: Apply, target: int | None, seed: int) -> di
     """Another change on the same images."""
     found = outcome(run.model, run.unseen, apply, target=target, seed=seed, clean=run.outcome.clean)
     return found.summary()
+
+
+def elsewhere(clf: Classifier, unseen: Data, change: Any, target: int | None, seed: int) -> dict[str, Any]:
+    """A change, and noise of its size, on another model, which counts the images that it classifies correctly."""
+    found = outcome(clf, unseen, applied(change, seed), target=target, seed=seed)
+    noise = applied(change.control(seed), seed)
+    control = outcome(clf, unseen, noise, target=target, seed=seed, clean=found.clean)
+    return {**found.summary(), "control": control.summary(), "digest": clf.digest()}
 
 
 def _grid(run: UniversalRun, seed: int, progress: Progress) -> Grid:

@@ -22,8 +22,7 @@ from robust.experiments.benchmarks.harness import conditions
 from robust.experiments.verdicts.reference import add_subject
 from robust.models import load_model
 from robust.threat import Linf
-from robust.universal import outcome
-from robust.universal_run import UniversalRun, applied, learn_and_measure
+from robust.universal_run import UniversalRun, elsewhere, learn_and_measure
 
 LEFT_OUT = ("date", "versions", "device", "command", "out", "history")
 
@@ -96,11 +95,7 @@ def transfer(path: Path, case: Case, data: Data, others: dict[str, Classifier], 
     change, unseen = kind.load(path.with_suffix(".safetensors")), data.subset(range(train, len(data)))
     held = {row["model"]: row for row in record["transfer"]}
     for name, clf in others.items():
-        found = outcome(clf, unseen, applied(change, record["seed"]), target=record["target"])
-        noise = outcome(
-            clf, unseen, applied(change.control(record["seed"]), record["seed"]), target=record["target"]
-        )
-        held[name] = {"model": name, **found.summary(), "control": noise.rate, "digest": clf.digest()}
+        held[name] = {"model": name, **elsewhere(clf, unseen, change, record["target"], record["seed"])}
     return {**record, "transfer": list(held.values())}
 
 

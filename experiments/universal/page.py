@@ -95,7 +95,7 @@ def _transfer(found: Mapping[str, Mapping[str, Any]]) -> str:
             _percent(row["success_rate"]),
             " to ".join(_percent(value) for value in row["interval"]),
             f"{row['attempted']:,}",
-            _percent(row.get("control")),
+            _percent(row["control"]["success_rate"]),
         ]
         for name, record in found.items()
         for row in record["transfer"]

@@ -286,7 +286,8 @@ def _others(job: Job, data: Data) -> dict[str, Classifier]:
         )
         other.module.eval()
         other.logits(data.batch([0])[0])
-        found[text if text not in found else f"{text} again"] = other
+        name = f"{spec}@{Path(weights).stem}" if weights else spec  # a path belongs to one machine
+        found[name if name not in found else f"{name} ({len(found) + 1})"] = other
     return found
 
 
