@@ -108,7 +108,7 @@ def _picture(run: UniversalRun) -> dict[str, Any]:
     low, high = run.model.bounds
     if run.is_patch:
         texture = (run.change.texture - low) / (high - low)
-        mask = run.change.mask[None]
+        mask = run.change.cover
         image, factor = torch.cat([texture, mask]) if len(texture) == 3 else texture * mask + (1 - mask), 1
     else:
         delta = run.change.delta

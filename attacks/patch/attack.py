@@ -46,18 +46,21 @@ class AdversarialPatch(UniversalAttack):
         min_scale, max_scale: factors of the patch's sides.
         brightness: light on the whole patch, drawn in ± this share of the box's width.
         noise: each pixel's deviation in print, a normal's, as a share of the box's width.
+        resolution: the picture's points along each side of a pixel. One gives way to blur when the patch is turned or
+            scaled; with more its edges stay sharp.
         step_size: Adam's first one, as a share of the box's width; it falls to 0 along a half cosine.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("patch",)
-    steps: int = 800
+    steps: int = 1000
     shape: Literal["rectangle", "round"] = "rectangle"
     rotation: float = 20.0
     min_scale: float = 0.8
     max_scale: float = 1.2
     brightness: float = 0.1
     noise: float = 0.02
-    step_size: float = 0.05
+    resolution: int = 3
+    step_size: float = 0.2
 
     @classmethod
     def sized(cls, share: float, height: int, width: int, **fields: Any) -> AdversarialPatch:
@@ -123,10 +126,10 @@ class AdversarialPatch(UniversalAttack):
     def _start(self, trial: Trial, mask: Tensor | None) -> TrainedPatch:
         """A patch of keyed noise, and everything else that it is to be."""
         ranges = Ranges(self.rotation, self.min_scale, self.max_scale)
-        if min(self.brightness, self.noise) < 0 or not self.step_size > 0:
+        if min(self.brightness, self.noise) < 0 or not self.step_size > 0 or self.resolution < 1:
             raise RobustError(
-                f"brightness={self.brightness}, noise={self.noise}, step_size={self.step_size}: "
-                "none negative, and a positive step"
+                f"brightness={self.brightness}, noise={self.noise}, step_size={self.step_size}, "
+                f"resolution={self.resolution}: none negative, a positive step, at least 1"
             )
         assert isinstance(self.threat, Patch)
         if trial.x.dim() != 4:
@@ -143,6 +146,7 @@ class AdversarialPatch(UniversalAttack):
         noise = Draws(trial.seed, "patch/start", torch.zeros(1, dtype=torch.long)).uniform(channels, *sides)[
             0
         ]
+        noise = noise.repeat_interleave(self.resolution, 1).repeat_interleave(self.resolution, 2)
         classes = [] if trial.targets is None else trial.targets.unique().tolist()
         return TrainedPatch(
             texture=low + (high - low) * noise,

@@ -94,11 +94,12 @@ def placed(x: Tensor, texture: Tensor, mask: Tensor, placements: Placements) -> 
     """Images with the patch in them, sampled bilinearly; differentiable in the texture.
 
     Args:
-        x: (N, C, H, W) images. texture: (C, h, w), or (N, C, h, w) with one for each image.
-        mask: (h, w) in [0, 1]: how far the patch covers what is behind it.
+        x: (N, C, H, W) images.
+        texture: (C, a, b), or (N, C, a, b) with one for each image: the patch's picture, at any resolution.
+        mask: (h, w) in [0, 1]: how far the patch covers what is behind it; h and w are its sides in pixels at scale 1.
     """
     texture = texture.expand(len(x), *texture.shape[-3:])
-    grid = _grid(x, placements, (texture.shape[2], texture.shape[3]))
+    grid = _grid(x, placements, (mask.shape[0], mask.shape[1]))
     colour = F.grid_sample(texture, grid, padding_mode="border", align_corners=False)
     whole = mask.to(x).expand(len(x), 1, *mask.shape)
     cover = F.grid_sample(whole, grid, padding_mode="zeros", align_corners=False)

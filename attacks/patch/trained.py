@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robust.attacks.patch.placement import Placements, Ranges, inside, placed, upright
@@ -23,8 +24,8 @@ class TrainedPatch:
     """A patch and where it may lie.
 
     Attributes:
-        texture: (C, h, w) in the box, on 256 levels of it: what is printed is what was measured.
-        mask: (h, w) in [0, 1]: how far the patch covers what is behind it.
+        texture: (C, a, b) in the box, on 256 levels of it: what is printed is what was measured.
+        mask: (h, w) in [0, 1]: how far the patch covers what is behind it; h and w are its sides in pixels at scale 1.
         image: height and width of the images that it was learnt on.
         bounds: the model's box.
         ranges: angles and scales that it was learnt for.
@@ -48,7 +49,12 @@ class TrainedPatch:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of the images it was learnt on."""
-        return self.texture.shape[1], self.texture.shape[2]
+        return self.mask.shape[0], self.mask.shape[1]
+
+    @property
+    def cover(self) -> Tensor:
+        """(1, a, b) the mask at the texture's resolution."""
+        return F.interpolate(self.mask[None, None], self.texture.shape[1:], mode="nearest-exact")[0]
 
     @property
     def area(self) -> float:
@@ -90,10 +96,12 @@ class TrainedPatch:
         return placed(x.float(), texture, self.mask, placements).clamp(*self.bounds).to(x.dtype)
 
     def control(self, seed: int = 0) -> TrainedPatch:
-        """Keyed noise in the same shape: what merely covering that part of an image does."""
+        """Keyed noise in the same shape, one colour per pixel: what merely covering that part of an image does."""
         low, high = self.bounds
-        noise = Draws(seed, "control", torch.zeros(1, dtype=torch.long)).uniform(*self.texture.shape)[0]
-        return replace(self, texture=low + (high - low) * noise, history=[])
+        draws = Draws(seed, "control", torch.zeros(1, dtype=torch.long))
+        noise = draws.uniform(len(self.texture), *self.size)
+        blocks = F.interpolate(noise, self.texture.shape[1:], mode="nearest-exact")[0]
+        return replace(self, texture=low + (high - low) * blocks, history=[])
 
     def points(self, trial: Trial) -> Tensor:
         """The trial's samples with the patch upright, at its own size and at keyed places: within its threat."""

@@ -133,7 +133,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     over_angle, over_scale = below.subplots(1, 2, sharey=True)
     for place, (name, record) in enumerate(found.items()):
         patch = TrainedPatch.load(RESULTS / f"{name}.safetensors")
-        shown = patch.texture * patch.mask + (1 - patch.mask)
+        shown = patch.texture * patch.cover + (1 - patch.cover)
         pictures[place].imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
         pictures[place].set_title(name, fontsize=9)
         pictures[place].axis("off")
