@@ -68,6 +68,9 @@ REGISTRY = Registry(
         "superdeepfool": "robust.attacks.whitebox.superdeepfool:SuperDeepFool",
         "cw-linf": "robust.attacks.whitebox.cw:CWLinf",
         "surrogate": "robust.attacks.blackbox.surrogate:Surrogate",
+        "uap": "robust.attacks.universal.uap:UAP",
+        "targeted-uap": "robust.attacks.universal.targeted_uap:TargetedUAP",
+        "patch": "robust.attacks.patch.attack:AdversarialPatch",
         "autoattack": "robust.attacks.autoattack:AutoAttack",
     },
 )

@@ -15,7 +15,7 @@ from robust.classifier import Classifier, require_box
 from robust.cost import Cost
 from robust.errors import DataError, RobustError, ThreatError
 from robust.oracle import Oracle
-from robust.targets import TargetName, named_targets
+from robust.targets import TargetName
 from robust.threat import Threat
 from robust.track import Track, TrackMode
 from robust.twin import Precision, check_precision
@@ -68,6 +68,7 @@ class Attack:
     minimum_norm: ClassVar[bool] = False
     heuristic: ClassVar[bool] = False  # makes no promise to come near the smallest or strongest perturbation
     semantic: ClassVar[bool] = False  # limited by fields of its own; meant for a threat of the whole box
+    universal: ClassVar[bool] = False  # one change for all samples: what one gets depends on the others
 
     def __call__(
         self,
@@ -123,26 +124,45 @@ class Attack:
         Raises:
             RobustError: a wrong shape, class, norm or radius, in one line.
         """
+        trial, named = self.make_trial(
+            model, x, y, targets=targets, seed=seed, index=index, precision=precision, compiled=compiled,
+            progress=progress,
+        )  # fmt: skip
+        if len(x) == 0:
+            return Result(x.clone(), torch.zeros(0, dtype=torch.bool), torch.zeros(0).double(), Cost())
+        trial.mask, trial.begin = _like(x, mask, "mask", trial), _like(x, begin, "begin", trial)
+        trial.track = None if track is None else Track(track)
+        return self._run(trial, x, named)
+
+    def make_trial(
+        self,
+        model: Classifier | Oracle,
+        x: Tensor,
+        y: Tensor,
+        *,
+        targets: Targets,
+        seed: int = 0,
+        index: Tensor | None = None,
+        precision: Precision = "auto",
+        compiled: bool | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> tuple[Trial, str | None]:
+        """A checked trial of what `run` was given, and the name of its targets, if they have one."""
         named = targets if isinstance(targets, str) else None
         classes = None if isinstance(targets, str) else targets
         self.validate(model, x, y, classes)
         check_precision(precision)
         if isinstance(model, Classifier):
             model.check(x.float())
-        if len(x) == 0:
-            return Result(x.clone(), torch.zeros(0, dtype=torch.bool), torch.zeros(0).double(), Cost())
         trial = Trial(self, model, x, y, targets=classes, seed=seed, index=index)
         trial.hook, trial.precision, trial.compiled = progress, precision, compiled
-        trial.mask, trial.begin = _like(x, mask, "mask", trial), _like(x, begin, "begin", trial)
-        trial.track = None if track is None else Track(track)
-        return self._run(trial, x, named)
+        return trial, named
 
     def _run(self, trial: Trial, x: Tensor, named: str | None) -> Result:
         """The search and what came out, counted and in x's dtype."""
         started, before = time.perf_counter(), _cost(trial.model)
         with trial.session():
-            if named is not None:
-                trial.targets = named_targets(named, _scores(trial, named), trial.y, trial.seed, trial.index)
+            trial.name_targets(named)
             if trial.searching():
                 self.attack(trial)
             x_adv, success = trial.finish()
@@ -222,13 +242,6 @@ class Attack:
         """The hyper-parameters by name, for manifests and leaderboards."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "threat"}
         return {**values, "threat": self.threat.describe()}
-
-
-def _scores(trial: Trial, name: str) -> Tensor:
-    """The clean scores, which a class is named by."""
-    if name != "random" and isinstance(trial.model, Oracle) and trial.model.answers == "labels":
-        raise RobustError(f"targets={name!r} needs scores, and the oracle gives labels; use 'random'")
-    return trial.clean
 
 
 def _like(x: Tensor, given: Tensor | None, name: str, trial: Trial) -> Tensor | None:

@@ -17,8 +17,10 @@ from torch import Tensor
 from robust.attacks.query import Answer, Query, ask, join, out_of_memory, prepare, split
 from robust.classifier import FLOAT_NOISE, Classifier, clear, misclassified
 from robust.decide import decide
+from robust.errors import RobustError
 from robust.oracle import Oracle
 from robust.rng import derive, seeded
+from robust.targets import named_targets
 from robust.track import Track
 from robust.twin import Twin, make_twin
 
@@ -71,6 +73,14 @@ class Trial:
         self.twin: Twin | None = None  # answers in the model's place
         self.compiled: bool | None = None  # whether its answers are compiled; None where the work repays it
         self.most = 1 << 30  # points at once; less after memory ran out
+
+    def name_targets(self, name: str | None) -> None:
+        """Sets the classes that a name of `robust.targets` stands for; None leaves the targets as they are."""
+        if name is None:
+            return
+        if name != "random" and isinstance(self.model, Oracle) and self.model.answers == "labels":
+            raise RobustError(f"targets={name!r} needs scores, and the oracle gives labels; use 'random'")
+        self.targets = named_targets(name, self.clean, self.y, self.seed, self.index)
 
     def use_twin(self, dtype: torch.dtype) -> bool:
         """Has a twin in this arithmetic answer from now on; False, and the original does, where there is none."""

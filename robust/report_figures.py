@@ -144,16 +144,19 @@ def _thinned(corners: list[tuple[float, float]], most: int = 200) -> list[tuple[
     return kept if kept[-1] == corners[-1] else [*kept, corners[-1]]
 
 
-def png(image: Tensor) -> str:
-    """A (C, H, W) image in [0, 1] as a PNG data URI; one or three channels as they are, others as their mean."""
+def png(image: Tensor, largest: int = _LARGEST_SIDE) -> str:
+    """A (C, H, W) image in [0, 1] as a PNG data URI, of at most `largest` pixels a side.
+
+    One, three or four channels (with opacity) are as they are, others their mean.
+    """
     from PIL import Image
 
     channels = image.detach().cpu().float()
-    if channels.shape[0] not in (1, 3):
+    if channels.shape[0] not in (1, 3, 4):
         channels = channels.mean(0, keepdim=True)
     levels = (channels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
-    picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+    picture.thumbnail((largest, largest))
     stream = io.BytesIO()
     picture.save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robust.cli import options
+from robust.cli import options, universal
 from robust.cli import settings as options_of
 from robust.cli.progress import Meter, duration
 from robust.errors import ConfigError, RobustError, ThreatError
@@ -69,7 +69,11 @@ Target = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option(
-        "--out", metavar="FILE", help="Save the examples to this safetensors file.", show_default=False
+        "--out",
+        metavar="PATH",
+        help="Save the examples to this safetensors file; of a universal attack or a patch, this folder gets the "
+        "report and what was learnt.",
+        show_default=False,
     ),
 ]
 
@@ -113,6 +117,11 @@ def attack_model(
     n: options.Count = 1000,
     seed: options.Seed = 0,
     out: Out = None,
+    train: universal.Train = None,
+    size: universal.Size = None,
+    width_mm: universal.WidthMm = None,
+    also: universal.Also = None,
+    photo: universal.Photo = None,
     weights: options.Weights = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -129,6 +138,15 @@ def attack_model(
     """Run one attack; report its success rate, the distances it needed and what it cost."""
     options.check_precision(precision)
     kind = room("attacks").load(name)
+    extras = universal.Extras(train, size, width_mm, tuple(also or ()), tuple(photo or ()))
+    if kind.universal:
+        universal.run(
+            name, kind, extras, settings or [], target=target, out=out, precision=precision, as_json=as_json,
+            model=model, data=data, norm=norm, eps=eps, n=n, seed=seed, weights=weights, mean=mean, std=std,
+            bounds=bounds, device=device, data_root=data_root,
+        )  # fmt: skip
+        return
+    extras.refuse(name)
     subject = options.make_subject(
         model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
         device=device, data_root=data_root, answers=answers, budget=budget, classes=classes, endpoint=endpoint,
@@ -155,18 +173,24 @@ def attack_model(
 
 def build(name: str, kind: Any, settings: Sequence[str], subject: options.Subject) -> Any:
     """The attack with its hyper-parameters; an unknown key, a wrong type or norm is one line."""
-    from robust.config import from_mapping
-
     if len(subject.eps) > 1:
         raise ConfigError("--eps: an attack takes one radius; `robust eval` takes a list")
     if subject.norm not in kind.norms:
         raise ThreatError(f"--norm: {name} has no {subject.norm} form; it knows {', '.join(kind.norms)}")
+    return kind(threat=subject.threats()[0], **hyper_parameters(kind, settings))
+
+
+def hyper_parameters(kind: Any, settings: Sequence[str]) -> dict[str, Any]:
+    """An attack's fields but the threat, from ``KEY=VALUE``."""
+    from robust.config import from_mapping
+
     hints = typing.get_type_hints(kind)
     # The threat has options of its own; what is left are the hyper-parameters, read as a configuration file's are.
     members = [(item.name, hints[item.name], copy(item)) for item in fields(kind) if item.name != "threat"]
     plain: type[Any] = make_dataclass(kind.__name__, members, kw_only=True)
-    chosen = from_mapping(options_of.parse_settings(settings, "--set"), plain, name="--set")
-    return kind(threat=subject.threats()[0], **vars(chosen))
+    settings_table = options_of.parse_settings(settings, "--set")
+    chosen: dict[str, Any] = vars(from_mapping(settings_table, plain, name="--set"))
+    return chosen
 
 
 def run(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robust.attacks import REGISTRY, Attack, get
 from robust.classifier import Classifier
-from robust.threat import Threat, make_threat
+from robust.threat import Patch, Threat, make_threat
 
 # What makes an attack short; only fields that it has are set.
 SHORT: dict[str, Any] = {"steps": 10, "queries": 100, "n_targets": 3, "inner": "mifgsm,difgsm", "epochs": 15}
@@ -24,13 +24,19 @@ def make(name: str, norm: str, eps: float | Tensor | None = None, **fields: Any)
     if "version" in kind.__dataclass_fields__:
         short["version"] = "quick"
     radius = (1.0 if kind.semantic else RADII[norm]) if eps is None else eps
-    attack: Attack = kind(threat=make_threat(norm, radius), **{**short, **fields})
+    threat = Patch(height=4, width=5) if norm == "patch" else make_threat(norm, radius)
+    attack: Attack = kind(threat=threat, **{**short, **fields})
     return attack
 
 
 def cases() -> list[tuple[str, str]]:
-    """Every registered attack in every norm that has a plain constructor."""
-    return [(name, norm) for name in REGISTRY for norm in get(name).norms if norm != "patch"]
+    """Every registered attack in every norm that it has; in patches those that know nothing else."""
+    return [
+        (name, norm)
+        for name in REGISTRY
+        for norm in get(name).norms
+        if norm != "patch" or get(name).norms == ("patch",)
+    ]
 
 
 class SmallNet(nn.Module):

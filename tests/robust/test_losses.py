@@ -39,10 +39,16 @@ def ranked(z: Tensor, place: int) -> Tensor:
     return z.sort(descending=True).values[place - 1]
 
 
+def escaped(p: Tensor) -> Tensor:
+    """The loss `escape` of the goal's probability."""
+    return (p + 0.03).log() + 0.1 * p.log()
+
+
 UNTARGETED: dict[str, Formula] = {
     "cross-entropy": lambda z, y, t: entropy(z, y),
     "margin": lambda z, y, t: other(z, y) - z[y],
     "dlr": lambda z, y, t: -(z[y] - other(z, y)) / (ranked(z, 1) - ranked(z, 3)),
+    "escape": lambda z, y, t: escaped(1 - z.softmax(0)[y]),
 }
 TARGETED: dict[str, Formula] = {
     "cross-entropy": lambda z, y, t: -entropy(z, t),
@@ -50,6 +56,7 @@ TARGETED: dict[str, Formula] = {
     "dlr": lambda z, y, t: -(z[y] - z[t]) / (ranked(z, 1) - (ranked(z, 3) + ranked(z, 4)) / 2),
     "targeted-dlr": lambda z, y, t: -(z[y] - z[t]) / (ranked(z, 1) - (ranked(z, 3) + ranked(z, 4)) / 2),
     "combined-targeted": lambda z, y, t: entropy(z, y) - entropy(z, t),
+    "escape": lambda z, y, t: escaped(z.softmax(0)[t]),
 }
 CASES = [(name, False) for name in UNTARGETED] + [(name, True) for name in TARGETED]
 

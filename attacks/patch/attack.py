@@ -1,0 +1,160 @@
+"""The adversarial patch (Brown et al. 2017, arXiv:1712.09665)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from robust.attacks.base import Targets
+from robust.attacks.patch.placement import Ranges, patch_threat, placed, shape_mask
+from robust.attacks.patch.trained import TrainedPatch, weathered
+from robust.attacks.trial import Trial
+from robust.attacks.universal.base import (
+    History,
+    UniversalAttack,
+    batches,
+    falling,
+    hasten,
+    uphill,
+    where_allowed,
+)
+from robust.classifier import Classifier
+from robust.errors import DataError, RobustError, ThreatError
+from robust.rng import Draws, identities
+from robust.threat import Patch
+from robust.twin import Precision
+
+_LEVELS = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialPatch(UniversalAttack):
+    """Adversarial patch (Brown et al. 2017, arXiv:1712.09665): one printable patch that fools wherever it lies.
+
+    Ascent with Adam on the expected loss over images and over rotation, scale, place, light and print noise, one draw
+    per image and step. The threat `Patch(height, width)` is the patch itself, upright and at scale 1: `run` places it
+    so, at a keyed place of each sample, and its points lie within the threat. What `fit` returns also turns and scales
+    it, as it was learnt; the rectangle around it is then larger by the scale and up to |cos| + |sin| of the angle.
+
+    Attributes:
+        shape: "rectangle", or "round": the ellipse within it.
+        rotation: degrees to either side, in [0, 180].
+        min_scale, max_scale: factors of the patch's sides.
+        brightness: light on the whole patch, drawn in ± this share of the box's width.
+        noise: each pixel's deviation in print, a normal's, as a share of the box's width.
+        resolution: the picture's points along each side of a pixel. One gives way to blur when the patch is turned or
+            scaled; with more its edges stay sharp.
+        step_size: Adam's first one, as a share of the box's width; it falls to 0 along a half cosine.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = ("patch",)
+    steps: int = 1000
+    shape: Literal["rectangle", "round"] = "rectangle"
+    rotation: float = 20.0
+    min_scale: float = 0.8
+    max_scale: float = 1.2
+    brightness: float = 0.1
+    noise: float = 0.02
+    resolution: int = 3
+    step_size: float = 0.2
+
+    @classmethod
+    def sized(cls, share: float, height: int, width: int, **fields: Any) -> AdversarialPatch:
+        """A square or round patch of at most `share` of the area of images of `height` × `width` pixels."""
+        return cls(threat=patch_threat(share, height, width, fields.get("shape", "rectangle")), **fields)
+
+    def fit(
+        self,
+        model: Classifier,
+        x: Tensor,
+        y: Tensor,
+        *,
+        targets: int | Targets = None,
+        seed: int = 0,
+        index: Tensor | None = None,
+        precision: Precision = "auto",
+        compiled: bool | None = None,
+        progress: Callable[[float], None] | None = None,
+        mask: Tensor | None = None,
+    ) -> TrainedPatch:
+        """See `UniversalAttack.fit`; `mask` (height, width) in [0, 1] gives the patch a shape of its own."""
+        found: TrainedPatch = self.fitted(
+            lambda trial: self.learn(trial, mask), model, x, y, targets=targets, seed=seed, index=index,
+            precision=precision, compiled=compiled, progress=progress,
+        )  # fmt: skip
+        return found
+
+    def learn(self, trial: Trial, mask: Tensor | None = None) -> TrainedPatch:
+        """See `UniversalAttack.learn`."""
+        self.check_steps()
+        patch = self._start(trial, mask)
+        hasten(trial, self.steps * min(self.batch, len(trial.x)))
+        low, high = trial.bounds
+        texture = patch.texture.to(trial.x).requires_grad_(True)
+        adam = torch.optim.Adam([texture])
+        history = History(self.steps)
+        for step, rows in batches(trial, self.batch, self.steps):
+            adam.param_groups[0]["lr"] = self.step_size * (high - low) * falling(step, self.steps)
+            texture.grad = -self._gradient(trial, patch, texture, step, rows, history)
+            adam.step()
+            with torch.no_grad():
+                texture.clamp_(low, high)
+        levels = ((texture.detach().cpu() - low) / (high - low) * _LEVELS).round() / _LEVELS
+        return replace(patch, texture=(low + (high - low) * levels).clamp(low, high), history=history.entries)
+
+    def _gradient(
+        self, trial: Trial, patch: TrainedPatch, texture: Tensor, step: int, rows: Tensor, history: History
+    ) -> Tensor:
+        """The mean loss's gradient in the texture, over one placement of each of some samples."""
+        draws = Draws(trial.seed, "patch/learn", identities(trial.index[rows.cpu()]), step)
+        where = patch.ranges.draw(draws, patch.image, patch.size)
+        with torch.enable_grad():
+            worn = weathered(texture, draws, self.brightness, self.noise, trial.bounds)
+            points = placed(trial.x[rows], worn, patch.mask, where).clamp(*trial.bounds)
+            points = where_allowed(trial, rows, points)
+            answer, hit = uphill(trial, self.loss, rows, points)
+            assert answer.gradient is not None
+            assert answer.loss is not None
+            (gradient,) = torch.autograd.grad((points * answer.gradient).sum() / len(rows), texture)
+        history.add(step, answer.loss, hit)
+        return gradient
+
+    def _start(self, trial: Trial, mask: Tensor | None) -> TrainedPatch:
+        """A patch of keyed noise, and everything else that it is to be."""
+        ranges = Ranges(self.rotation, self.min_scale, self.max_scale)
+        if min(self.brightness, self.noise) < 0 or not self.step_size > 0 or self.resolution < 1:
+            raise RobustError(
+                f"brightness={self.brightness}, noise={self.noise}, step_size={self.step_size}, "
+                f"resolution={self.resolution}: none negative, a positive step, at least 1"
+            )
+        assert isinstance(self.threat, Patch)
+        if trial.x.dim() != 4:
+            raise DataError(f"patch needs images (N, C, H, W); x is {tuple(trial.x.shape)}")
+        channels, height, width = trial.x.shape[1:]
+        sides = self.threat.height, self.threat.width
+        if sides[0] > height or sides[1] > width:
+            raise ThreatError(f"a patch of {sides[0]} × {sides[1]} does not fit images of {height} × {width}")
+        if mask is not None and (
+            tuple(mask.shape) != sides or not bool(((mask >= 0) & (mask <= 1)).all()) or not bool(mask.any())
+        ):
+            raise DataError(f"mask is {tuple(mask.shape)}; it must be {sides}, in [0, 1] and not empty")
+        low, high = trial.bounds
+        noise = Draws(trial.seed, "patch/start", torch.zeros(1, dtype=torch.long)).uniform(channels, *sides)[
+            0
+        ]
+        noise = noise.repeat_interleave(self.resolution, 1).repeat_interleave(self.resolution, 2)
+        classes = [] if trial.targets is None else trial.targets.unique().tolist()
+        return TrainedPatch(
+            texture=low + (high - low) * noise,
+            mask=shape_mask(self.shape, *sides) if mask is None else mask.detach().cpu().float(),
+            image=(height, width),
+            bounds=trial.bounds,
+            ranges=ranges,
+            brightness=self.brightness,
+            noise=self.noise,
+            target=classes[0] if len(classes) == 1 else None,
+        )

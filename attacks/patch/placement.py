@@ -1,0 +1,149 @@
+"""Where a patch lies in an image, and the picture it gives there: batched, keyed, differentiable in the texture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robust.errors import RobustError
+from robust.rng import Draws
+from robust.threat import Patch
+
+Shape = Literal["rectangle", "round"]
+_EDGE = 1e-4  # covers nearer to 0 or 1 than this are rounding of the sampling
+
+
+@dataclass(frozen=True)
+class Placements:
+    """One place per image.
+
+    Attributes:
+        angle: (N,) degrees, clockwise. scale: (N,) against the patch's own size.
+        down, across: (N,) row and column of its centre, in pixels.
+    """
+
+    angle: Tensor
+    scale: Tensor
+    down: Tensor
+    across: Tensor
+
+    def __len__(self) -> int:
+        return len(self.angle)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What placements are drawn from: angles in ± `rotation` degrees, scales in [`smallest`, `largest`]."""
+
+    rotation: float = 20.0
+    smallest: float = 0.8
+    largest: float = 1.2
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rotation <= 180 and 0 < self.smallest <= self.largest):
+            raise RobustError(
+                f"rotation={self.rotation}, scale {self.smallest} to {self.largest}: in [0, 180], positive, ascending"
+            )
+
+    def draw(self, draws: Draws, image: tuple[int, int], patch: tuple[int, int]) -> Placements:
+        """Keyed placements, one per row of `draws`: uniform in angle, scale and place, wholly inside the image.
+
+        Args:
+            image, patch: height and width in pixels. A patch too large for the image lies in its middle.
+        """
+        turn, size, *place = draws.uniform(4).unbind(1)
+        angle = (2 * turn - 1) * self.rotation
+        scale = self.smallest + (self.largest - self.smallest) * size
+        return inside(torch.stack(place, 1), angle, scale, image, patch)
+
+
+def inside(
+    place: Tensor, angle: Tensor, scale: Tensor, image: tuple[int, int], patch: tuple[int, int]
+) -> Placements:
+    """Placements at shares `place` (N, 2) in [0, 1] of the room that the turned and scaled patch leaves."""
+    half = extents(angle, scale, patch) / 2
+    sides = torch.tensor(image, dtype=place.dtype, device=place.device)
+    room = (sides - 2 * half).clamp_min(0)
+    centre = torch.where(room > 0, half - 0.5 + place * room, (sides - 1) / 2)
+    return Placements(angle, scale, centre[:, 0], centre[:, 1])
+
+
+def upright(draws: Draws, image: tuple[int, int], patch: tuple[int, int]) -> Placements:
+    """Keyed placements on whole pixels, neither turned nor scaled: the patch as its threat allows it."""
+    place = draws.uniform(2)
+    room = torch.tensor([max(a - b, 0) + 1 for a, b in zip(image, patch, strict=True)]).to(place)
+    corner = (place * room).floor()
+    centre = corner + (torch.tensor(patch).to(place) - 1) / 2
+    return Placements(torch.zeros_like(place[:, 0]), torch.ones_like(place[:, 0]), centre[:, 0], centre[:, 1])
+
+
+def extents(angle: Tensor, scale: Tensor, patch: tuple[int, int]) -> Tensor:
+    """(N, 2) height and width, in pixels, of the upright rectangle around a turned and scaled patch."""
+    radians = angle * (math.pi / 180)
+    sine, cosine = radians.sin().abs(), radians.cos().abs()
+    height, width = patch
+    return scale[:, None] * torch.stack([height * cosine + width * sine, height * sine + width * cosine], 1)
+
+
+def placed(x: Tensor, texture: Tensor, mask: Tensor, placements: Placements) -> Tensor:
+    """Images with the patch in them, sampled bilinearly; differentiable in the texture.
+
+    Args:
+        x: (N, C, H, W) images.
+        texture: (C, a, b), or (N, C, a, b) with one for each image: the patch's picture, at any resolution.
+        mask: (h, w) in [0, 1]: how far the patch covers what is behind it; h and w are its sides in pixels at scale 1.
+    """
+    texture = texture.expand(len(x), *texture.shape[-3:])
+    grid = _grid(x, placements, (mask.shape[0], mask.shape[1]))
+    colour = F.grid_sample(texture, grid, padding_mode="border", align_corners=False)
+    whole = mask.to(x).expand(len(x), 1, *mask.shape)
+    cover = F.grid_sample(whole, grid, padding_mode="zeros", align_corners=False)
+    cover = ((cover - _EDGE) / (1 - 2 * _EDGE)).clamp(0, 1)
+    return x * (1 - cover) + colour * cover
+
+
+def _grid(x: Tensor, placements: Placements, patch: tuple[int, int]) -> Tensor:
+    """(N, H, W, 2) where each pixel of the images lies on the patch, in grid_sample's coordinates (across, down)."""
+    radians = placements.angle.to(x) * (math.pi / 180)
+    sine, cosine = (value[:, None, None] for value in (radians.sin(), radians.cos()))
+    scale, middle_down, middle_across = (
+        value.to(x)[:, None, None] for value in (placements.scale, placements.down, placements.across)
+    )
+    away_down = torch.arange(x.shape[2], device=x.device, dtype=x.dtype)[None, :, None] - middle_down
+    away_across = torch.arange(x.shape[3], device=x.device, dtype=x.dtype)[None, None] - middle_across
+    height, width = patch
+    down = (cosine * away_down - sine * away_across) / (scale * height / 2)
+    across = (cosine * away_across + sine * away_down) / (scale * width / 2)
+    return torch.stack(torch.broadcast_tensors(across, down), dim=-1)
+
+
+def shape_mask(shape: str, height: int, width: int) -> Tensor:
+    """(height, width) float32: 1 on the patch, else 0; "round" is the ellipse that touches the sides."""
+    if shape == "rectangle":
+        return torch.ones(height, width)
+    if shape != "round":
+        raise RobustError(f"shape={shape!r} is unknown; use 'rectangle' or 'round', or give a mask")
+    down = (torch.arange(height) - (height - 1) / 2) / (height / 2)
+    across = (torch.arange(width) - (width - 1) / 2) / (width / 2)
+    return (down[:, None].square() + across[None].square() <= 1).float()
+
+
+def patch_threat(share: float, height: int, width: int, shape: str = "rectangle") -> Patch:
+    """The largest square patch, or disc, on whole pixels that covers at most `share` of an image's area.
+
+    Args:
+        share: of the image's area, in (0, 1].
+        height, width: the image's, in pixels.
+    """
+    if not 0 < share <= 1:
+        raise RobustError(f"a patch of {share:g} of the area is none; give a share in (0, 1], such as 0.1")
+    most = share * height * width
+    side = 1
+    while side < min(height, width) and float(shape_mask(shape, side + 1, side + 1).sum()) <= most:
+        side += 1
+    return Patch(height=side, width=side)

@@ -1,0 +1,1 @@
+"""Universal attacks: one change, found once, that fools a model on images it has never seen."""
