@@ -14,7 +14,7 @@ from robust.augment import Augment
 from robust.classifier import Classifier
 from robust.errors import RobustError
 from robust.fit import fit, load_samples
-from robust.models import load_model
+from robust.models import load_classifier
 from robust.rng import derive
 from robust.threat import Bounds
 from robust.zoo.convnet import ConvNet
@@ -28,7 +28,7 @@ class Lesson:
 
     Attributes:
         architecture: "auto": a ConvNet whose stages follow from the images' size, or two dense layers up to 16 × 16
-            pixels and for vectors; "mlp": those; or a model whose weights start afresh, as `load_model` names it.
+            pixels and for vectors; "mlp": those; or a model whose weights start afresh, as `load_classifier` names it.
         epochs: passes over the pairs, with Adam, a cosine schedule and one epoch of warm-up.
         batch_size: at most this many pairs in a step.
         lr: peak learning rate.
@@ -155,7 +155,7 @@ def untrained(
         if how.architecture in ("auto", "mlp"):
             module = _network(shape, classes, how.architecture == "mlp")
         else:
-            named = load_model(how.architecture, device=device or "cpu", classes=classes, fresh=True)
+            named = load_classifier(how.architecture, device=device or "cpu", classes=classes, fresh=True)
             module = named.module
     mean, std = statistics
     return Classifier(

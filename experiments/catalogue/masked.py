@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from robust.digest import write_json
 from robust.evaluate import evaluate
 from robust.experiments.benchmarks.harness import conditions
 from robust.experiments.verdicts.reference import add_subject
-from robust.models import load_model
+from robust.models import load_classifier
 from robust.threat import Linf
 
 SUITES = ("pgd", "standard", "decision", "full")
@@ -66,6 +67,9 @@ class Saturates(nn.Module):
 class _Plain(nn.Module):
     """A classifier with its normalisation as a module of [0, 1] inputs."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, clf: Classifier) -> None:
         super().__init__()
         self.module = clf.module
@@ -96,9 +100,7 @@ def measure(clf: Classifier, x: Tensor, y: Tensor, eps: float) -> dict[str, Any]
         found[suite] = {
             "clean_accuracy": verdict.clean_accuracy,
             "robust_accuracy": verdict.robust_accuracy,
-            "broken_by": {
-                name: verdict.broken_by.count(name) for name in sorted(set(verdict.broken_by)) if name
-            },
+            "broken_by": dict(Counter(name for name in verdict.broken_by if name)),
             "warnings": list(verdict.warnings),
             "seconds": round(time.perf_counter() - begun, 1),
         }
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=50)
     parser.add_argument("--eps", type=number, default=8 / 255)
     arguments = parser.parse_args()
-    clf = load_model(
+    clf = load_classifier(
         arguments.model, weights=arguments.weights, mean=arguments.mean, std=arguments.std, device="cpu"
     )
     x, y = load_data(arguments.data, n=arguments.n, root=arguments.data_root).tensors()

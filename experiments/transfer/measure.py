@@ -25,7 +25,7 @@ from robust.data import Data, load_data
 from robust.digest import read_json, write_atomic, write_json
 from robust.evaluate import evaluate
 from robust.experiments.benchmarks.harness import conditions
-from robust.models import load_model
+from robust.models import load_classifier
 from robust.oracle import Oracle
 from robust.threat import Linf
 
@@ -87,7 +87,7 @@ def _recall(place: Path) -> Classifier:
 def share(n: int = 100) -> dict[str, Any]:
     """What the stages of the suite `full` take on the adversarially trained digits model, in seconds."""
     x, y = load_data("digits", n=n).tensors()
-    verdict = evaluate(load_model("zoo:digits-at", device="cpu"), x, y, threat=Linf(0.2), suite="full")
+    verdict = evaluate(load_classifier("zoo:digits-at", device="cpu"), x, y, threat=Linf(0.2), suite="full")
     seconds: dict[str, float] = {}
     for stage in verdict.manifest["stages"]:
         seconds[stage["attack"]] = round(stage["cost"]["seconds"], 2)
@@ -125,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     record: dict[str, Any] = read_json(out) if out.exists() else {"substitutes": {}, "parts": {}}
-    target = load_model("zoo:resnet20", weights=arguments.weights, mean=MEAN, std=STD, device="cpu")
+    target = load_classifier("zoo:resnet20", weights=arguments.weights, mean=MEAN, std=STD, device="cpu")
     taught: dict[str, Classifier] = {}
     for name, part in POOLS.items():
         pool = None if part is None else load_data("cifar10", root=arguments.data_root, train=True)
@@ -134,7 +134,7 @@ def main() -> None:
         record["substitutes"].setdefault(name, {"pool": part or "synthetic", **told})
         write_json(out, record)
         print(name, told, flush=True)
-    models = {TARGET: target, "convnet": load_model("zoo:cifar10-convnet", device="cpu"), **taught}
+    models = {TARGET: target, "convnet": load_classifier("zoo:cifar10-convnet", device="cpu"), **taught}
     x, y = load_data("cifar10", n=arguments.n, root=arguments.data_root).tensors()
     if "full" not in record:
         record["full"] = share()

@@ -20,7 +20,7 @@ from robust.data import Data, load_data
 from robust.digest import read_json, write_json
 from robust.experiments.benchmarks.harness import conditions
 from robust.experiments.verdicts.reference import add_subject
-from robust.models import load_model
+from robust.models import load_classifier
 from robust.threat import Linf
 from robust.universal_run import UniversalRun, elsewhere, learn_and_measure
 
@@ -105,7 +105,7 @@ def others_of(arguments: argparse.Namespace, data: Data) -> dict[str, Classifier
     for text in arguments.also:
         spec, _, weights = text.partition("@")
         statistics = {"mean": arguments.mean, "std": arguments.std} if weights else {}
-        found[spec] = load_model(
+        found[spec] = load_classifier(
             spec, weights=weights or None, classes=len(data.classes), device="cpu", **statistics
         )
         found[spec].module.eval()
@@ -127,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = load_data(arguments.data, n=arguments.n + arguments.train, root=arguments.data_root)
     others = others_of(arguments, data)
-    clf = load_model(
+    clf = load_classifier(
         arguments.model, weights=arguments.weights, mean=arguments.mean, std=arguments.std, device="cpu"
     )
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -223,7 +223,7 @@ def _check_photo(path: Path) -> None:
 
 def _load(job: Job, n: int) -> tuple[Classifier, Data, Data]:
     """The model, the images to learn from, and the unseen ones after them; half each where there are too few."""
-    model, data = job.subject.load()
+    model, data = job.subject.load_classifier()
     if len(data) < 2:
         raise ConfigError(
             f"--data: {data.name} has {len(data)} image; one to learn from and one unseen are needed"
@@ -267,15 +267,15 @@ def _class(job: Job, model: Classifier, data: Data) -> int | None:
 
 def _others(job: Job, data: Data) -> dict[str, Classifier]:
     """The models of `--also`, in the box of the first."""
-    from robust.models import load_model
+    from robust.models import load_classifier
 
-    found = {}
+    found: dict[str, Classifier] = {}
     subject = job.subject
     for text in job.extras.also:
         spec, _, weights = text.partition("@")
         if weights and not Path(weights).exists():
             raise ConfigError(f"--also: {weights} does not exist")
-        other = load_model(
+        other = load_classifier(
             spec,
             weights=weights or None,
             mean=subject.mean if weights else None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from robust.config import number
 from robust.errors import ConfigError, ModelError
-from robust.models import load_model
+from robust.models import load_classifier
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ class NamedModel:
 
     Attributes:
         name: what tables call it.
-        spec: as `load_model` takes it.
+        spec: as `load_classifier` takes it.
         weights: a file, or None.
         mean, std: of its normalisation, or None.
     """
@@ -42,8 +42,8 @@ class NamedModel:
         device: str | torch.device | None = None,
         classes: int | None = None,
     ) -> Classifier:
-        """The classifier, in evaluation mode; see `load_model`."""
-        clf = load_model(
+        """The classifier, in evaluation mode; see `load_classifier`."""
+        clf = load_classifier(
             self.spec, weights=self.weights, mean=self.mean, std=self.std, bounds=bounds, device=device,
             classes=classes,
         )  # fmt: skip
