@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,22 @@ def test_a_tight_budget_is_never_exceeded_by_resuming(budget: int, tmp_path: Pat
             run(backend, out, budget)
         verdict = run(backend, out, budget, resume=True)
         assert backend.points <= verdict.cost["queries"] <= budget
+
+
+def test_what_was_sent_twice_changes_no_share_before_the_budget_ends(tmp_path: Path) -> None:
+    def asked(out: Path) -> list[int]:
+        commits = [
+            json.loads(line).get("commit") for line in (out / "samples.jsonl").read_text().splitlines()
+        ]
+        return [commit["cost"]["queries"] - commit.get("repeated", 0) for commit in commits if commit]
+
+    for budget in (34, 38, 42):
+        run(Elsewhere(SUBJECT.clf), tmp_path / f"whole-{budget}", budget)
+        out = tmp_path / f"killed-{budget}"
+        with pytest.raises(Death):
+            run(Elsewhere(SUBJECT.clf, die_at=0), out, budget)
+        run(Elsewhere(SUBJECT.clf), out, budget, resume=True)
+        assert asked(out)[:-1] == asked(tmp_path / f"whole-{budget}")[:-1]
 
 
 def test_kills_that_spend_the_whole_budget_are_one_line_and_a_larger_one_goes_on(tmp_path: Path) -> None:
