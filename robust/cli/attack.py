@@ -140,6 +140,10 @@ def attack_model(
     kind = room("attacks").load(name)
     extras = universal.Extras(train, size, width_mm, tuple(also or ()), tuple(photo or ()))
     if kind.universal:
+        if answers or budget or classes or endpoint:
+            raise ConfigError(
+                f"{name} needs gradients; leave out --answers, --budget, --classes and --endpoint"
+            )
         universal.run(
             name, kind, extras, settings or [], target=target, out=out, precision=precision, as_json=as_json,
             model=model, data=data, norm=norm, eps=eps, n=n, seed=seed, weights=weights, mean=mean, std=std,
@@ -161,7 +165,11 @@ def attack_model(
         options.hush()
         victim, samples = subject.load()
         found = run(attack, victim, samples, target=target, seed=seed, precision=precision, meter=meter)
-    summary = summarise(name, attack, found, subject)
+    _tell(summarise(name, attack, found, subject), found, out, as_json=as_json)
+
+
+def _tell(summary: dict[str, Any], found: Found, out: Path | None, *, as_json: bool) -> None:
+    """Stores and shows what came out."""
     if out is not None:
         summary["out"] = str(out)
         _save(out, found, summary)

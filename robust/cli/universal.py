@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ import typer
 from robust.cli import options
 from robust.cli.progress import Meter, duration
 from robust.errors import ConfigError, RobustError, ThreatError
+from robust.models.named import FORM, NamedModel, parse_model
 
 if TYPE_CHECKING:
     from robust.classifier import Classifier
@@ -57,8 +58,9 @@ Also = Annotated[
     list[str] | None,
     typer.Option(
         "--also",
-        metavar="MODEL[@WEIGHTS]",
-        help="uap, patch: measure it on this model too; may be repeated. Weights given here take --mean and --std.",
+        metavar="MODEL",
+        help=f"uap, patch: measure it on this model too, {FORM}; may be repeated. Weights without a normalisation of "
+        "their own take --mean and --std.",
         show_default=False,
     ),
 ]
@@ -83,6 +85,14 @@ class Extras:
     also: tuple[str, ...] = ()
     photos: tuple[Path, ...] = ()
 
+    @property
+    def others(self) -> list[NamedModel]:
+        """The models of `--also`."""
+        try:
+            return [parse_model(text) for text in self.also]
+        except RobustError as error:
+            raise ConfigError(f"--also: {error}") from None
+
     def refuse(
         self, name: str, only: Sequence[str] = ("train", "size", "width_mm", "also", "photos")
     ) -> None:
@@ -103,6 +113,7 @@ class Job:
     kind: Any
     subject: options.Subject
     extras: Extras
+    others: list[NamedModel]
     fields: dict[str, Any]
     target: str | None
     precision: str
@@ -194,6 +205,7 @@ def _check(
         raise ConfigError(f"--width-mm: {extras.width_mm:g} is no width; give millimetres above 0")
     if n < 1:
         raise ConfigError(f"--n: {n} samples cannot be evaluated; give at least 1")
+    others = extras.others
     for photo in extras.photos:
         _check_photo(photo)
     if out is not None and out.exists() and not out.is_dir():
@@ -206,7 +218,7 @@ def _check(
         raise ConfigError("--eps: an attack takes one radius; `robust eval` takes a list")
     if (not patch and subject.norm not in kind.norms) or (patch and subject.norm != "linf"):
         raise ThreatError(f"--norm: {name} has no {subject.norm} form; it knows {', '.join(kind.norms)}")
-    return Job(name, kind, subject, extras, settings, target, precision, out)
+    return Job(name, kind, subject, extras, others, settings, target, precision, out)
 
 
 def _check_photo(path: Path) -> None:
@@ -267,26 +279,14 @@ def _class(job: Job, model: Classifier, data: Data) -> int | None:
 
 def _others(job: Job, data: Data) -> dict[str, Classifier]:
     """The models of `--also`, in the box of the first."""
-    from robust.models import load_classifier
-
     found: dict[str, Classifier] = {}
     subject = job.subject
-    for text in job.extras.also:
-        spec, _, weights = text.partition("@")
-        if weights and not Path(weights).exists():
-            raise ConfigError(f"--also: {weights} does not exist")
-        other = load_classifier(
-            spec,
-            weights=weights or None,
-            mean=subject.mean if weights else None,
-            std=subject.std if weights else None,
-            bounds=subject.bounds,
-            device=subject.device,
-            classes=len(data.classes) or None,
-        )
-        other.module.eval()
+    for named in job.others:
+        if named.weights is not None and named.mean is None and named.std is None:
+            named = replace(named, mean=subject.mean, std=subject.std)  # noqa: PLW2901
+        other = named.load(bounds=subject.bounds, device=subject.device, classes=len(data.classes) or None)
         other.logits(data.batch([0])[0])
-        name = f"{spec}@{Path(weights).stem}" if weights else spec  # a path belongs to one machine
+        name = named.name
         found[name if name not in found else f"{name} ({len(found) + 1})"] = other
     return found
 

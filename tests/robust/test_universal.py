@@ -121,7 +121,7 @@ def test_a_patch_on_the_command_line_writes_its_folder(
     assert (found["n"], found["train"], found["target"], found["shape"]) == (40, 60, 8, [3, 2])
     assert found["threat"] == {"norm": "patch", "eps": 1.0, "height": 3, "width": 2}
     assert found["attempted"] < found["n"], "no eights, and none that was wrong"
-    assert [row["model"] for row in found["transfer"]] == ["zoo:digits-at"]
+    assert [row["model"] for row in found["transfer"]] == ["digits-at"]
     assert len(found["grid"]["rates"]) == len(found["grid"]["scales"])
     assert found["photos"][0]["photo"] == "photo.png"
     assert sorted(path.name for path in out.iterdir()) == [
@@ -171,7 +171,10 @@ def test_few_images_are_shared_half_and_half(capsys: pytest.CaptureFixture[str])
         (["patch", "--set", "shape=star"], "shape"),
         (["patch", "--set", "sides=3"], "unknown key 'sides'"),
         (["patch", "--also", "zoo:none"], "none"),
-        (["patch", "--also", "zoo:digits@absent"], "--also: absent does not exist"),
+        (
+            ["patch", "--also", "zoo:digits@absent"],
+            "--also: model 'zoo:digits@absent': weights absent do not exist",
+        ),
         (["patch", "--target", "second"], "--target: second is no class"),
         (["uap", "--target", "10"], "--target: 10 is no class"),
         (["uap", "--norm", "l1"], "no l1 form"),
