@@ -140,11 +140,10 @@ def main() -> None:
         record["full"] = share()
         write_json(out, record)
     work: dict[str, tuple[Any, dict[str, Any]]] = {
-        f"{source}/{name}": (attacks, {"sources": [source]})
-        for name, attacks in (("cheap", CHEAP), ("dear", DEAR))
+        f"{source}/cheap": (CHEAP, {"sources": [source]})
         for source in (TARGET, "convnet", "queried", "data-free")
-        if (name, source) != ("dear", "data-free")
     }
+    work[f"{TARGET}/dear"] = (DEAR, {"sources": [TARGET]})
     work[OTHERS] = (FUSED, {"sources": [], "fused": "logits"})
     for key, (attacks, options) in work.items():
         if key in record["parts"]:

@@ -122,7 +122,9 @@ def test_resnet20_reaches_its_accuracy_on_cifar10(shared: Path, cifar10_test: Pa
     assert abs(found - 0.912) <= 0.003
 
 
-def test_the_convnet_brings_its_normalisation_and_is_accurate_on_cifar10(root: Path, cifar10_test: Path) -> None:
+def test_the_convnet_brings_its_normalisation_and_is_accurate_on_cifar10(
+    root: Path, cifar10_test: Path
+) -> None:
     from robust.training import load_train_config
 
     entry = zoo.ENTRIES["cifar10-convnet"]
