@@ -48,8 +48,18 @@ CHEAP: dict[str, dict[str, Any]] = {
     "tifgsm": {},
 }
 DEAR: dict[str, dict[str, Any]] = {"pgd": {}, "vmifgsm": {}, "sinifgsm": {}}
+# The same at equal step sizes: PGD with the others' (`-short`), the others with PGD's (`-wide`).
+SHORT, LONG = {"step_size": EPS / STEPS}, {"step_size": 2.5 * EPS / STEPS}
+EVEN: dict[str, dict[str, Any]] = {
+    "pgd": {},
+    "pgd-short": {"attack": "pgd", **SHORT},
+    "mifgsm-wide": {"attack": "mifgsm", **LONG},
+    "difgsm-wide": {"attack": "difgsm", **LONG},
+    "m-difgsm-wide": {"attack": "difgsm", "decay": 1.0, **LONG},
+}
+EVEN_DEAR: dict[str, dict[str, Any]] = {"pgd": {}, "vmifgsm-wide": {"attack": "vmifgsm", **LONG}}
 FUSED: dict[str, dict[str, Any]] = {"pgd": {}, "mifgsm": {}}
-ORDER = (*CHEAP, "vmifgsm", "sinifgsm")
+ORDER = ("pgd", "pgd-short", *list(CHEAP)[1:], "vmifgsm", "sinifgsm", *list(EVEN)[2:], "vmifgsm-wide")
 
 
 def substitute(
@@ -143,7 +153,8 @@ def main() -> None:
         f"{source}/cheap": (CHEAP, {"sources": [source]})
         for source in (TARGET, "convnet", "queried", "data-free")
     }
-    work[f"{TARGET}/dear"] = (DEAR, {"sources": [TARGET]})
+    for name, attacks in (("even", EVEN), ("even-dear", EVEN_DEAR), ("dear", DEAR)):
+        work[f"{TARGET}/{name}"] = (attacks, {"sources": [TARGET]})
     work[OTHERS] = (FUSED, {"sources": [], "fused": "logits"})
     for key, (attacks, options) in work.items():
         if key in record["parts"]:
