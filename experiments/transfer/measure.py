@@ -47,7 +47,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "nifgsm": {},
     "tifgsm": {},
 }
-DEAR: dict[str, dict[str, Any]] = {"pgd": {}, "vmifgsm": {}, "sinifgsm": {}}
+DEAR: dict[str, dict[str, Any]] = {"pgd": {}, "sinifgsm": {}}
 # The same at equal step sizes: PGD with the others' (`-short`), the others with PGD's (`-wide`).
 SHORT, LONG = {"step_size": EPS / STEPS}, {"step_size": 2.5 * EPS / STEPS}
 EVEN: dict[str, dict[str, Any]] = {
@@ -57,6 +57,7 @@ EVEN: dict[str, dict[str, Any]] = {
     "difgsm-wide": {"attack": "difgsm", **LONG},
     "m-difgsm-wide": {"attack": "difgsm", "decay": 1.0, **LONG},
 }
+DEAREST: dict[str, dict[str, Any]] = {"pgd": {}, "vmifgsm": {}}
 EVEN_DEAR: dict[str, dict[str, Any]] = {"pgd": {}, "vmifgsm-wide": {"attack": "vmifgsm", **LONG}}
 FUSED: dict[str, dict[str, Any]] = {"pgd": {}, "mifgsm": {}}
 ORDER = ("pgd", "pgd-short", *list(CHEAP)[1:], "vmifgsm", "sinifgsm", *list(EVEN)[2:], "vmifgsm-wide")
@@ -156,6 +157,7 @@ def main() -> None:
     for name, attacks in (("even", EVEN), ("even-dear", EVEN_DEAR), ("dear", DEAR)):
         work[f"{TARGET}/{name}"] = (attacks, {"sources": [TARGET]})
     work[OTHERS] = (FUSED, {"sources": [], "fused": "logits"})
+    work[f"{TARGET}/dearest"] = (DEAREST, {"sources": [TARGET]})
     for key, (attacks, options) in work.items():
         if key in record["parts"]:
             continue
