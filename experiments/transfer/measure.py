@@ -47,9 +47,20 @@ CHEAP: dict[str, dict[str, Any]] = {
     "nifgsm": {},
     "tifgsm": {},
 }
-DEAR: dict[str, dict[str, Any]] = {"pgd": {}, "vmifgsm": {}, "sinifgsm": {}}
+DEAR: dict[str, dict[str, Any]] = {"pgd": {}, "sinifgsm": {}}
+# The same at equal step sizes: PGD with the others' (`-short`), the others with PGD's (`-wide`).
+SHORT, LONG = {"step_size": EPS / STEPS}, {"step_size": 2.5 * EPS / STEPS}
+EVEN: dict[str, dict[str, Any]] = {
+    "pgd": {},
+    "pgd-short": {"attack": "pgd", **SHORT},
+    "mifgsm-wide": {"attack": "mifgsm", **LONG},
+    "difgsm-wide": {"attack": "difgsm", **LONG},
+    "m-difgsm-wide": {"attack": "difgsm", "decay": 1.0, **LONG},
+}
+DEAREST: dict[str, dict[str, Any]] = {"pgd": {}, "vmifgsm": {}}
+EVEN_DEAR: dict[str, dict[str, Any]] = {"pgd": {}, "vmifgsm-wide": {"attack": "vmifgsm", **LONG}}
 FUSED: dict[str, dict[str, Any]] = {"pgd": {}, "mifgsm": {}}
-ORDER = (*CHEAP, "vmifgsm", "sinifgsm")
+ORDER = ("pgd", "pgd-short", *list(CHEAP)[1:], "vmifgsm", "sinifgsm", *list(EVEN)[2:], "vmifgsm-wide")
 
 
 def substitute(
@@ -140,12 +151,13 @@ def main() -> None:
         record["full"] = share()
         write_json(out, record)
     work: dict[str, tuple[Any, dict[str, Any]]] = {
-        f"{source}/{name}": (attacks, {"sources": [source]})
-        for name, attacks in (("cheap", CHEAP), ("dear", DEAR))
+        f"{source}/cheap": (CHEAP, {"sources": [source]})
         for source in (TARGET, "convnet", "queried", "data-free")
-        if (name, source) != ("dear", "data-free")
     }
+    for name, attacks in (("even", EVEN), ("even-dear", EVEN_DEAR), ("dear", DEAR)):
+        work[f"{TARGET}/{name}"] = (attacks, {"sources": [TARGET]})
     work[OTHERS] = (FUSED, {"sources": [], "fused": "logits"})
+    work[f"{TARGET}/dearest"] = (DEAREST, {"sources": [TARGET]})
     for key, (attacks, options) in work.items():
         if key in record["parts"]:
             continue
