@@ -17,7 +17,6 @@ from robust import cuda_ops
 from robust.errors import RobustError
 from robust.registry import Registry
 
-
 _IN_REACH = 0.03  # probabilities of the goal far below this are out of reach
 _OUT_OF_REACH = 0.1  # the weight of points out of reach
 

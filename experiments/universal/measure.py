@@ -46,15 +46,12 @@ class Case:
 ROUND = {"shape": "round"}
 CASES = {
     "patch": Case("patch", floor=0.8),
-    "patch-round": Case("patch", fields=ROUND, floor=0.8),
+    "patch-to-automobile": Case("patch", "automobile", floor=0.5),
     "patch-to-bird": Case("patch", "bird", floor=0.5),
-    "patch-to-frog": Case("patch", "frog", floor=0.5),
-    "patch-to-ship": Case("patch", "ship", floor=0.5),
-    "patch-round-to-bird": Case("patch", "bird", ROUND, floor=0.5),
     "uap": Case("uap", floor=0.6),
-    "uap-deepfool": Case("uap", fields={"method": "deepfool", "batch": 1, "steps": 1500}),
     "targeted-uap-to-bird": Case("targeted-uap", "bird"),
-    "targeted-uap-to-frog": Case("targeted-uap", "frog"),
+    "patch-round": Case("patch", fields=ROUND, floor=0.8),
+    "patch-to-ship": Case("patch", "ship", floor=0.5),
 }
 
 
