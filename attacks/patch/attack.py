@@ -52,7 +52,7 @@ class AdversarialPatch(UniversalAttack):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("patch",)
-    steps: int = 500
+    steps: int = 1000
     shape: Literal["rectangle", "round"] = "rectangle"
     rotation: float = 20.0
     min_scale: float = 0.8

@@ -269,7 +269,7 @@ def _others(job: Job, data: Data) -> dict[str, Classifier]:
     """The models of `--also`, in the box of the first."""
     from robust.models import load_model
 
-    found = {}
+    found: dict[str, Classifier] = {}
     subject = job.subject
     for text in job.extras.also:
         spec, _, weights = text.partition("@")
