@@ -114,9 +114,9 @@ class AdversarialPatch(UniversalAttack):
         where = patch.ranges.draw(draws, patch.image, patch.size)
         with torch.enable_grad():
             worn = weathered(texture, draws, self.brightness, self.noise, trial.bounds)
-            points = placed(trial.x[rows], worn, patch.mask, where).clamp(*trial.bounds)
-            points = where_allowed(trial, rows, points)
-            answer, hit = uphill(trial, self.loss, rows, points)
+            points = where_allowed(trial, rows, placed(trial.x[rows], worn, patch.mask, where))
+            # The box is left by rounding only; cutting that off inside the graph would stop every saturated texel.
+            answer, hit = uphill(trial, self.loss, rows, points.detach().clamp(*trial.bounds))
             assert answer.gradient is not None
             assert answer.loss is not None
             (gradient,) = torch.autograd.grad((points * answer.gradient).sum() / len(rows), texture)

@@ -43,18 +43,15 @@ class Case:
         return get(self.attack)(threat=Linf(8 / 255), **self.fields)
 
 
-ROUND = {"shape": "round"}
+HALF = {"steps": 500}  # towards a class half of the steps are enough
 CASES = {
     "patch": Case("patch", floor=0.8),
-    "patch-round": Case("patch", fields=ROUND, floor=0.8),
-    "patch-to-bird": Case("patch", "bird", floor=0.5),
-    "patch-to-frog": Case("patch", "frog", floor=0.5),
-    "patch-to-ship": Case("patch", "ship", floor=0.5),
-    "patch-round-to-bird": Case("patch", "bird", ROUND, floor=0.5),
+    "patch-round": Case("patch", fields={"shape": "round"}, floor=0.8),
+    "patch-to-automobile": Case("patch", "automobile", HALF, floor=0.5),
+    "patch-to-bird": Case("patch", "bird", HALF, floor=0.5),
+    "patch-to-ship": Case("patch", "ship", HALF, floor=0.5),
     "uap": Case("uap", floor=0.6),
-    "uap-deepfool": Case("uap", fields={"method": "deepfool", "batch": 1, "steps": 1500}),
     "targeted-uap-to-bird": Case("targeted-uap", "bird"),
-    "targeted-uap-to-frog": Case("targeted-uap", "frog"),
 }
 
 

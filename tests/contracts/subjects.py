@@ -21,6 +21,8 @@ def make(name: str, norm: str, eps: float | Tensor | None = None, **fields: Any)
     """An attack by name at a test's size."""
     kind = get(name)
     short = {key: value for key, value in SHORT.items() if key in kind.__dataclass_fields__}
+    if kind.universal:
+        short["steps"] = 40  # of all samples at once
     if "version" in kind.__dataclass_fields__:
         short["version"] = "quick"
     radius = (1.0 if kind.semantic else RADII[norm]) if eps is None else eps
