@@ -141,4 +141,4 @@ def test_on_a_real_network_it_fools_unseen_images_that_noise_does_not(
         return outcome(clf, unseen, apply).rate or 0.0
 
     assert rate(found) > 0.5
-    assert rate(found.control()) < 0.2
+    assert rate(found) > 2 * rate(found.control())
