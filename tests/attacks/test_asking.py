@@ -240,6 +240,8 @@ def test_every_attack_says_what_it_costs_and_what_it_knows(name: str) -> None:
     assert kind.passes() >= 1
     fields = kind.__dataclass_fields__
     for field in ("queries", "steps"):
+        if field == "queries" and kind.knowledge == "transfer":
+            continue  # asked once for a substitute, not for every sample
         if field in fields:
             assert kind.passes(**{field: 4000}) > kind.passes(**{field: 2})
             break

@@ -13,7 +13,7 @@ from robust.classifier import Classifier
 from robust.threat import Patch, Threat, make_threat
 
 # What makes an attack short; only fields that it has are set.
-SHORT: dict[str, Any] = {"steps": 10, "queries": 100, "n_targets": 3, "inner": "mifgsm,difgsm", "epochs": 15}
+SHORT: dict[str, Any] = {"steps": 10, "queries": 100, "n_targets": 3}
 RADII = {"linf": 0.06, "l2": 0.5, "l1": 3.0, "l0": 6.0, "patch": 1.0}
 
 
@@ -21,6 +21,8 @@ def make(name: str, norm: str, eps: float | Tensor | None = None, **fields: Any)
     """An attack by name at a test's size."""
     kind = get(name)
     short = {key: value for key, value in SHORT.items() if key in kind.__dataclass_fields__}
+    if kind.knowledge == "transfer":
+        short |= {"inner": "mifgsm,difgsm", "epochs": 15}
     if kind.universal:
         short["steps"] = 40  # of all samples at once
     if "version" in kind.__dataclass_fields__:
