@@ -25,7 +25,7 @@ from robust.experiments.verdicts.reference import add_subject
 from robust.models import load_classifier
 from robust.threat import Linf
 
-SUITES = ("pgd", "standard", "decision", "full")
+SUITES = ("pgd", "standard", "full")
 
 
 class Rounds(nn.Module):

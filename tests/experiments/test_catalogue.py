@@ -185,6 +185,11 @@ def test_a_record_names_its_conditions(path: Path) -> None:
     if path.stem == "points":
         assert set(record["points"]) <= set(POINTS)
         assert all(facts["claim"].endswith(".") for facts in record["points"].values())
+    elif path.stem == "masked":
+        plain, *hidden = record["masks"].values()
+        assert all(found["full"]["robust_accuracy"] < found["pgd"]["robust_accuracy"] for found in hidden)
+        assert all(found["pgd"]["warnings"] for found in hidden)
+        assert plain["full"]["robust_accuracy"] <= plain["pgd"]["robust_accuracy"]
     else:
         named = {name for panel in record["panels"] for name in panel["curves"]}
         assert named >= {"square", "nes", "bandits", "rays", "hopskipjump", "boundary", "sign-opt"}
