@@ -23,7 +23,7 @@ def heat_map(table: TransferTable) -> bytes:
     across = min(len(names), 4)
     down = math.ceil(len(names) / across)
     size = (1.2 + across * (0.9 * len(targets) + 0.9), 0.6 + down * (0.7 * len(table.sources) + 1.1))
-    with mpl.rc_context({"svg.hashsalt": "transfer", "font.size": 8}):
+    with mpl.rc_context({"svg.hashsalt": "transfer", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
         for k, panel in enumerate(axes.flat):
