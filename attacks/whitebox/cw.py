@@ -13,6 +13,7 @@ from robust.attacks.engine import make_jobs, run_rule, setting_of
 from robust.attacks.query import Answer, Query
 from robust.attacks.rule import Rule, Setting, State, choose, column
 from robust.attacks.trial import Trial
+from robust.attacks.whitebox.minimum import cosine
 from robust.attacks.whitebox.penalty import PenaltyAttack, PenaltyRule, Search, adam
 from robust.errors import RobustError
 from robust.losses import get as get_loss
@@ -46,11 +47,12 @@ class CWL2Rule(PenaltyRule):
 
     A phase succeeds by its last fifth. The authors' code counts any point of it; but Adam, which normalises its steps,
     passes over a near boundary on its way, be c ever so small, and c is bisected towards 0, where nothing is found.
+    For the same reason the step size falls over a phase, which the authors' code keeps.
     """
 
-    def __init__(self, setting: Setting, search: Search) -> None:
+    def __init__(self, setting: Setting, search: Search, last_share: float) -> None:
         super().__init__(setting, search)
-        self.window = 2 * self.every
+        self.window, self.last_share = 2 * self.every, last_share
 
     def start(self, state: State) -> State:
         """The clean point in the new variable."""
@@ -73,7 +75,8 @@ class CWL2Rule(PenaltyRule):
         delta, lacking = at - state["x"], self.lacking(answer.loss)
         pull = column(c * (lacking > 0), at)
         gradient = chained(2 * delta - pull * answer.gradient, at, self.setting.bounds)
-        move, moments = adam(state, gradient, state["k"], self.search.step_size)
+        size = self.search.step_size * cosine(1.0, self.last_share, state["k"], self.search.steps)
+        move, moments = adam(state, gradient, state["k"], column(size, at))
         shift = state["shift"] + move
         moved = {**moments, "shift": shift, "at": boxed(state["origin"] + shift, self.setting.bounds)}
         objective = delta.flatten(1).square().sum(1) + c * lacking
@@ -95,13 +98,18 @@ class CWL2(PenaltyAttack):
             counts whatever its margin is; in "strongest" the point of the largest margin.
         patience: looks, ten a phase, at which the objective may have come to rest before the phase ends; the authors'
             code has 1, which takes a third of the time and finds larger perturbations; 0 for no such end.
+        last_share: what is left of the step size at a phase's end, in (0, 1]; a half cosine leads there. 1 keeps it, as
+            the authors' code does, and finds perturbations that are a sixth larger in phases of 20 steps.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
+    last_share: float = 0.05
 
     def search(self, trial: Trial, search: Search) -> None:
         """See `PenaltyAttack.search`."""
-        run_rule(CWL2Rule(setting_of(trial), search), trial, make_jobs(trial))
+        if not 0 < self.last_share <= 1:
+            raise RobustError(f"last_share={self.last_share} must be in (0, 1]")
+        run_rule(CWL2Rule(setting_of(trial), search, self.last_share), trial, make_jobs(trial))
 
 
 class CWLinfRule(Rule):
