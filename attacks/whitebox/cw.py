@@ -47,7 +47,7 @@ class CWL2Rule(PenaltyRule):
 
     A phase succeeds by its last fifth. The authors' code counts any point of it; but Adam, which normalises its steps,
     passes over a near boundary on its way, be c ever so small, and c is bisected towards 0, where nothing is found.
-    For the same reason the step size falls over a phase, which the authors' code keeps.
+    For the same reason the step size, which the authors' code keeps, falls over a phase that has crossed the boundary.
     """
 
     def __init__(self, setting: Setting, search: Search, last_share: float) -> None:
@@ -75,7 +75,8 @@ class CWL2Rule(PenaltyRule):
         delta, lacking = at - state["x"], self.lacking(answer.loss)
         pull = column(c * (lacking > 0), at)
         gradient = chained(2 * delta - pull * answer.gradient, at, self.setting.bounds)
-        size = self.search.step_size * cosine(1.0, self.last_share, state["k"], self.search.steps)
+        falling = cosine(1.0, self.last_share, state["k"], self.search.steps)
+        size = self.search.step_size * torch.where(state["seen"] < 0, 1.0, falling)
         move, moments = adam(state, gradient, state["k"], column(size, at))
         shift = state["shift"] + move
         moved = {**moments, "shift": shift, "at": boxed(state["origin"] + shift, self.setting.bounds)}
@@ -98,8 +99,8 @@ class CWL2(PenaltyAttack):
             counts whatever its margin is; in "strongest" the point of the largest margin.
         patience: looks, ten a phase, at which the objective may have come to rest before the phase ends; the authors'
             code has 1, which takes a third of the time and finds larger perturbations; 0 for no such end.
-        last_share: what is left of the step size at a phase's end, in (0, 1]; a half cosine leads there. 1 keeps it, as
-            the authors' code does, and finds perturbations that are a sixth larger in phases of 20 steps.
+        last_share: what is left of the step size at a phase's end, in (0, 1], once a point of it was adversarial; a half
+            cosine leads there. 1 keeps it, as the authors' code does: a sixth larger perturbations in phases of 20.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
