@@ -100,7 +100,7 @@ class CWL2(PenaltyAttack):
         patience: looks, ten a phase, at which the objective may have come to rest before the phase ends; the authors'
             code has 1, which takes a third of the time and finds larger perturbations; 0 for no such end.
         last_share: what is left of the step size at a phase's end, in (0, 1], once a point of it was adversarial; a
-            half cosine leads there. 1 keeps it, as the authors' code does: a sixth larger perturbations in phases of 20.
+            half cosine leads there. 1 keeps it, as the authors' code does: a sixth larger in phases of 20 steps.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
