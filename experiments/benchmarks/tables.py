@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robust.digest import read_json, write_atomic
-from robust.errors import RobustError, RunError
+from robust.digest import read_json
+from robust.errors import RunError
 from robust.experiments.benchmarks import REGISTRY
 from robust.experiments.benchmarks.harness import RESULTS, SCHEMA
+from robust.experiments.pages import Page
 
 README = RESULTS.parent / "README.md"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 def read_records(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -65,31 +65,7 @@ def section(records: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(blocks)
 
 
-def fill(text: str, tables: str) -> str:
-    """The README's text with new tables between its marks."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise RunError(f"the README lacks the marks {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{tables}\n\n{END}{tail}"
-
-
-def main(arguments: list[str]) -> int:
-    """Prints the tables; with ``--write`` they replace those of the README."""
-    if arguments not in ([], ["--write"]):
-        print("usage: python -m robust.experiments.benchmarks.tables [--write]", file=sys.stderr)
-        return 2
-    try:
-        tables = section(read_records())
-        if arguments:
-            write_atomic(README, fill(README.read_text(encoding="utf-8"), tables).encode())
-        else:
-            print(tables)
-    except RobustError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
+PAGE = Page("robust.experiments.benchmarks.tables", README, "tables", lambda: section(read_records()))
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(PAGE.main(sys.argv[1:]))

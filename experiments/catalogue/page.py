@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from robust.digest import read_json, write_atomic
+from robust.digest import read_json
 from robust.experiments.benchmarks.tables import markdown
+from robust.experiments.pages import Page
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
-BEGIN, END = "<!-- records: begin -->", "<!-- records: end -->"
 _ABOUT = ("claim", "holds", "seconds", "commit", "date", "device", "versions")
 
 
@@ -90,24 +90,7 @@ def section() -> str:
     return "\n\n".join(blocks)
 
 
-def fill(text: str) -> str:
-    """The README's text with the present records between its marks."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{section()}\n\n{END}{tail}"
-
-
-def main(arguments: list[str]) -> int:
-    """Prints the part; with ``--write`` it replaces the README's."""
-    if arguments not in ([], ["--write"]):
-        print("usage: python -m robust.experiments.catalogue.page [--write]", file=sys.stderr)
-        return 2
-    if arguments:
-        write_atomic(README, fill(README.read_text(encoding="utf-8")).encode())
-    else:
-        print(section())
-    return 0
-
+PAGE = Page("robust.experiments.catalogue.page", README, "records", section)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(PAGE.main(sys.argv[1:]))

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from robust.attacks.transfer.matrix import OTHERS, Cell, TransferTable
-from robust.digest import read_json, write_atomic
+from robust.digest import read_json
 from robust.experiments.benchmarks.tables import markdown
+from robust.experiments.pages import Page
 from robust.experiments.transfer.measure import TARGET, merge
 
 FOLDER = Path(__file__).parent
 README, RECORD = FOLDER / "README.md", FOLDER / "cifar10.json"
-BEGIN, END = "<!-- record: begin -->", "<!-- record: end -->"
 CLAIMED = ("mifgsm", "difgsm", "vmifgsm")
 
 
@@ -119,24 +119,7 @@ def section() -> str:
     )
 
 
-def fill(text: str) -> str:
-    """The README's text with the present record between its marks."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{section()}\n\n{END}{tail}"
-
-
-def main(arguments: list[str]) -> int:
-    """Prints the part; with ``--write`` it replaces the README's."""
-    if arguments not in ([], ["--write"]):
-        print("usage: python -m robust.experiments.transfer.page [--write]", file=sys.stderr)
-        return 2
-    if arguments:
-        write_atomic(README, fill(README.read_text(encoding="utf-8")).encode())
-    else:
-        print(section())
-    return 0
-
+PAGE = Page("robust.experiments.transfer.page", README, "record", section)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(PAGE.main(sys.argv[1:]))

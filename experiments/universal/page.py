@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from robust.digest import read_json, write_atomic
+from robust.digest import read_json
 from robust.experiments.benchmarks.tables import markdown
+from robust.experiments.pages import Page
 
 FOLDER = Path(__file__).parent
 README, RESULTS, FIGURE = FOLDER / "README.md", FOLDER / "results", FOLDER / "patches.svg"
-BEGIN, END = "<!-- records: begin -->", "<!-- records: end -->"
 
 
 def records() -> dict[str, dict[str, Any]]:
@@ -154,25 +154,9 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     plt.close(figure)
 
 
-def fill(text: str) -> str:
-    """The README's text with the present records between its marks."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{section()}\n\n{END}{tail}"
-
-
-def main(arguments: list[str]) -> int:
-    """Prints the part; with ``--write`` it replaces the README's, and the figure is drawn anew."""
-    if arguments not in ([], ["--write"]):
-        print("usage: python -m robust.experiments.universal.page [--write]", file=sys.stderr)
-        return 2
-    if arguments:
-        write_atomic(README, fill(README.read_text(encoding="utf-8")).encode())
-        draw(records(), FIGURE)
-    else:
-        print(section())
-    return 0
-
+PAGE = Page(
+    "robust.experiments.universal.page", README, "records", section, draw=lambda: draw(records(), FIGURE)
+)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(PAGE.main(sys.argv[1:]))

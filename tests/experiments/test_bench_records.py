@@ -101,9 +101,9 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
 
 def test_the_readme_shows_the_records_there_are() -> None:
     text = tables.README.read_text(encoding="utf-8")
-    assert tables.fill(text, tables.section(tables.read_records())) == text
+    assert tables.PAGE.fill(text) == text
     with pytest.raises(RunError, match="marks"):
-        tables.fill("no marks", "")
+        tables.PAGE.fill("no marks")
 
 
 @pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*.json")), ids=lambda path: path.stem)

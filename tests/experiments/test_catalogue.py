@@ -171,7 +171,7 @@ def test_a_curve_is_measured_and_drawn(digits: Subject, tmp_path: Any) -> None:
 
 def test_the_readme_says_what_the_records_say() -> None:
     text = page.README.read_text(encoding="utf-8")
-    assert page.fill(text) == text
+    assert page.PAGE.fill(text) == text
 
 
 @pytest.mark.parametrize("path", sorted(page.FOLDER.glob("*.json")), ids=lambda path: path.stem)

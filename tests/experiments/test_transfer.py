@@ -21,7 +21,7 @@ def record() -> dict[str, Any]:
 
 def test_the_page_says_what_the_record_says() -> None:
     text = page.README.read_text(encoding="utf-8")
-    assert page.fill(text) == text
+    assert page.PAGE.fill(text) == text
 
 
 def test_momentum_diversity_and_variance_gain_over_pgd_by_more_than_the_sampling_error(

@@ -45,7 +45,7 @@ def test_every_case_can_be_built() -> None:
 
 def test_the_page_says_what_the_records_say() -> None:
     text = page.README.read_text(encoding="utf-8")
-    assert page.fill(text) == text
+    assert page.PAGE.fill(text) == text
     assert page.FIGURE.exists() == any("grid" in read_json(path) for path in RECORDS)
 
 
@@ -74,5 +74,5 @@ def test_what_must_be_shown_is_shown_or_spoken_of() -> None:
     for name in ("uap", "patch-to-automobile", "patch-to-bird"):
         assert held[name], name
     short = {name for name, holds in held.items() if holds is False}
-    said = page.README.read_text(encoding="utf-8").partition(page.BEGIN)[0]
+    said = page.README.read_text(encoding="utf-8").partition(page.PAGE.begin)[0]
     assert {name for name in short if f"`{name}`" not in said} == set(), "a floor that is missed is spoken of"
