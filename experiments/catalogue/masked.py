@@ -21,8 +21,7 @@ from robust.data import load_data
 from robust.digest import write_json
 from robust.evaluate import evaluate
 from robust.experiments.benchmarks.harness import conditions
-from robust.experiments.verdicts.reference import add_subject
-from robust.models import load_classifier
+from robust.experiments.verdicts.reference import add_subject, subject_model
 from robust.threat import Linf
 
 SUITES = ("pgd", "standard", "full")
@@ -117,9 +116,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=50)
     parser.add_argument("--eps", type=number, default=8 / 255)
     arguments = parser.parse_args()
-    clf = load_classifier(
-        arguments.model, weights=arguments.weights, mean=arguments.mean, std=arguments.std, device="cpu"
-    )
+    clf = subject_model(arguments)
     x, y = load_data(arguments.data, n=arguments.n, root=arguments.data_root).tensors()
     record: dict[str, Any] = {
         "subject": {"model": clf.name, "digest": clf.digest(), "n": arguments.n},

@@ -26,8 +26,7 @@ from robust.classifier import Classifier
 from robust.data import load_data
 from robust.digest import write_json
 from robust.experiments.benchmarks.harness import conditions
-from robust.experiments.verdicts.reference import add_subject
-from robust.models import load_classifier
+from robust.experiments.verdicts.reference import add_subject, subject_model
 from robust.threat import L0, L1, L2, Linf, Threat
 
 
@@ -177,9 +176,7 @@ POINTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 
 def subject_of(arguments: argparse.Namespace, n: int) -> Subject:
     """The model, and those of the first n samples that it classifies correctly."""
-    clf = load_classifier(
-        arguments.model, weights=arguments.weights, mean=arguments.mean, std=arguments.std, device="cpu"
-    )
+    clf = subject_model(arguments)
     x, y = load_data(arguments.data, n=n, root=arguments.data_root).tensors()
     right = torch.cat([clf.logits(part) for part in x.split(50)]).argmax(1) == y
     return Subject(clf, x[right], y[right])

@@ -19,7 +19,7 @@ from robust.classifier import Classifier
 from robust.data import Data, load_data
 from robust.digest import read_json, write_json
 from robust.experiments.benchmarks.harness import conditions
-from robust.experiments.verdicts.reference import add_subject
+from robust.experiments.verdicts.reference import add_subject, subject_model
 from robust.models import load_classifier
 from robust.threat import Linf
 from robust.universal_run import UniversalRun, elsewhere, learn_and_measure
@@ -124,9 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = load_data(arguments.data, n=arguments.n + arguments.train, root=arguments.data_root)
     others = others_of(arguments, data)
-    clf = load_classifier(
-        arguments.model, weights=arguments.weights, mean=arguments.mean, std=arguments.std, device="cpu"
-    )
+    clf = subject_model(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, case in CASES.items():
         path = arguments.out / f"{name}.json"

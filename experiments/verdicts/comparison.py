@@ -24,8 +24,7 @@ from robust.data import load_data
 from robust.digest import write_json
 from robust.experiments.benchmarks.harness import device_name
 from robust.experiments.verdicts.record import commit_of
-from robust.experiments.verdicts.reference import PARTS, add_subject, compare
-from robust.models import load_classifier
+from robust.experiments.verdicts.reference import PARTS, add_subject, compare, subject_model
 from robust.threat import Linf
 from robust.verdict import Verdict
 
@@ -86,9 +85,7 @@ def main() -> None:
     add_subject(parser)
     arguments = parser.parse_args()
     reference = json.loads(arguments.reference.read_text())
-    clf = load_classifier(
-        arguments.model, weights=arguments.weights, mean=arguments.mean, std=arguments.std, device="cpu"
-    )
+    clf = subject_model(arguments)
     x, y = load_data(arguments.data, n=reference["n"], root=arguments.data_root).tensors()
     verdict = Verdict.load(arguments.run)
     verdict.verify(clf, x, y)

@@ -84,9 +84,7 @@ def run_batch(
 
 def run(arguments: argparse.Namespace) -> None:
     """All parts on all correct samples, written after every batch."""
-    clf = load_classifier(
-        arguments.model, weights=arguments.weights, mean=arguments.mean, std=arguments.std, device="cpu"
-    )
+    clf = subject_model(arguments)
     x, y = load_data(arguments.data, n=arguments.n, root=arguments.data_root).tensors()
     correct = (clf.logits(x).argmax(1) == y).nonzero()[:, 0].tolist()
     conditions = {"model": clf.digest(), "eps": arguments.eps, "n": len(y), "seed": arguments.seed}
@@ -140,6 +138,13 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--mean", type=_numbers)
     parser.add_argument("--std", type=_numbers)
+
+
+def subject_model(arguments: argparse.Namespace) -> Classifier:
+    """The model that the arguments of `add_subject` name, on the CPU."""
+    return load_classifier(
+        arguments.model, weights=arguments.weights, mean=arguments.mean, std=arguments.std, device="cpu"
+    )
 
 
 def main() -> None:
