@@ -15,8 +15,8 @@ from robust.models import load_model
 from robust.registry import room
 from robust.threat import Linf
 from robust.universal_run import UniversalRun, learn_and_measure
+from tests.robust.browsing import CONTRAST, SIZES, launched, opened, shown
 from tests.robust.pictures import save
-from tests.robust.test_report_browser import ARGUMENTS, CONTRAST, SIZES, shown
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +50,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, UniversalRun]:
 @pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Any]:
     """One browser for all tests."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+    with launched(chromium) as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(params=[(name, size) for name in ("patch", "uap") for size in SIZES], ids="-".join)
 def page(request: pytest.FixtureRequest, browser: Any, runs: dict[str, UniversalRun]) -> Iterator[Any]:
-    """A report at one width, with what the browser complained about and asked for."""
+    """A report at one width, with the run that it tells of; see `opened`."""
     name, size = request.param
-    width, height = SIZES[size]
-    found = browser.new_page(viewport={"width": width, "height": height})
-    found.run, found.complaints, found.requests = runs[name], [], []
-    found.on("console", lambda message: found.complaints.append(message.text))
-    found.on("pageerror", lambda error: found.complaints.append(str(error)))
-    found.on("request", lambda sent: found.requests.append(sent.url))
-    found.address = (Path(found.run.summary["out"]) / "report.html").as_uri()
-    found.goto(found.address)
-    yield found
-    found.close()
+    with opened(browser, size, Path(runs[name].summary["out"]) / "report.html") as found:
+        found.run = runs[name]
+        yield found
 
 
 def test_the_numbers_are_the_run_s(page: Any) -> None:
