@@ -98,7 +98,7 @@ class EAD(PenaltyAttack):
         confidence: the margin κ that the search aims at, at least 0. In "smallest" the nearest adversarial point
             counts whatever its margin is; in "strongest" the point of the largest margin.
         patience: looks, ten a phase, at which the objective may have come to rest before a phase that has not succeeded
-            ends; 0 for no such end.
+            ends; 0 for no such end. FISTA does not overshoot as C&W's Adam does, so one is enough.
         beta: the weight of ‖δ‖₁, which each step shrinks every coordinate's change by, as a part of the box's width.
         decision: which adversarial point counts as the nearest: "l1": in l1; "en": by ‖δ‖₂² + β‖δ‖₁.
     """
@@ -106,6 +106,7 @@ class EAD(PenaltyAttack):
     norms: ClassVar[tuple[str, ...]] = ("l1",)
     passes_per_step: ClassVar[int] = 4
     step_size: float | None = 0.01
+    patience: int = 1
     beta: float = 1e-3
     decision: str = "l1"
 
