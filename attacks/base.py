@@ -134,6 +134,33 @@ class Attack:
         trial.track = None if track is None else Track(track)
         return self._run(trial, x, named)
 
+    def points(
+        self,
+        model: Classifier,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int,
+        index: Tensor,
+    ) -> Tensor:
+        """Adversarial points like x for a step of a training, and nothing else: nobody judges what came out.
+
+        The strongest point that the search saw, which may be weaker than the clean one. In a training that keeps a twin
+        (`robust.learner`) the twin answers, be it in bfloat16, and nobody checks its word.
+
+        Args:
+            model, x, y, seed, index: as for `run`.
+
+        Raises:
+            RobustError: a wrong shape, class, norm or radius, in one line.
+        """
+        trial, _ = self.make_trial(model, x, y, targets=None, seed=seed, index=index)
+        trial.bare, trial.twin = self.until == "strongest", model.training_twin(trial.x)
+        trial.compiled = trial.twin is not None and trial.twin.compiling
+        with trial.session():
+            self.attack(trial)
+            return _cast(trial.finish()[0], x, trial.hit, self.threat, trial.bounds)
+
     def make_trial(
         self,
         model: Classifier | Oracle,

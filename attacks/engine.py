@@ -66,8 +66,12 @@ def make_jobs(trial: Trial, restarts: int = 1, targets: Tensor | None = None) ->
 def run_rule(rule: Rule, trial: Trial, jobs: Jobs) -> None:
     """Runs all jobs to their end, a cancellation, or the end of the oracle's budget.
 
-    As the trial's precision says, a bfloat16 twin scouts, a float32 twin decides, and the original confirms.
+    As the trial's precision says, a bfloat16 twin scouts, a float32 twin decides, and the original confirms; on a bare
+    trial whoever answers it has the only word.
     """
+    if trial.bare:
+        _Engine(rule, trial, jobs).run()
+        return
     precision, whole = _resolve(rule, trial, jobs), jobs
     if precision == "bfloat16" and rule.scouted and trial.use_twin(torch.bfloat16):
         jobs = _scout(rule, trial, jobs)

@@ -72,6 +72,7 @@ class Trial:
         self.precision = "original"
         self.twin: Twin | None = None  # answers in the model's place
         self.compiled: bool | None = None  # whether its answers are compiled; None where the work repays it
+        self.bare = False  # nothing is asked but what the search asks: no clean points offered, no last word
         self.most = 1 << 30  # points at once; less after memory ran out
 
     def name_targets(self, name: str | None) -> None:
@@ -103,7 +104,7 @@ class Trial:
     def clean(self) -> Tensor:
         """(N, K) scores of the clean points, asked for once."""
         if self._clean is None:
-            twin, self.twin = self.twin, None
+            twin, self.twin = self.twin, self.twin if self.bare else None
             parts = [self.answer(Query(part, "logits")).scores for part in self.x.split(64)]
             self._clean, self.twin = torch.cat(parts), twin
         return self._clean
@@ -111,7 +112,7 @@ class Trial:
     @property
     def classes(self) -> int:
         """The model's number of classes."""
-        return self.clean.shape[1]
+        return self.model.classes if self.bare else self.clean.shape[1]
 
     def answer(
         self, query: Query, rows: dict[str, Tensor] | None = None, active: Tensor | None = None
@@ -235,7 +236,7 @@ class Trial:
         """
         if self.until == "strongest":
             self._recall_clean()
-        if isinstance(self.model, Oracle):
+        if self.bare or isinstance(self.model, Oracle):
             return self.best, self.hit
         rest = (~self.told).nonzero()[:, 0]
         index = self.index.to(self.x.device)[rest]

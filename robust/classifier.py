@@ -106,6 +106,10 @@ class Classifier:
         """Logits in the module's current mode, with gradients for its parameters: for training loops."""
         return self._forward(x)
 
+    def training_twin(self, x: Tensor) -> Any:
+        """The `robust.twin.Twin` that a training keeps for its inner attacks; None for a model not in training."""
+        return None
+
     def normalise(self, x: Tensor) -> Tensor:
         """(x − mean) / std per channel, in the module's dtype and on its device."""
         for name, values in (("mean", self.mean), ("std", self.std)):

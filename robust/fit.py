@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from robust.checkpoint import (
 from robust.classifier import Classifier
 from robust.digest import write_json
 from robust.errors import DataError, RunError
+from robust.learner import Learner
 from robust.optimise import Average, Optimizer, Schedule, Settings, make_optimizer
 from robust.recipe import Loss, Recipe
 from robust.rng import derive
@@ -43,22 +44,6 @@ if TYPE_CHECKING:
 
 Augmentation = Callable[[Tensor, Tensor, int], Tensor]
 Validation = Callable[[Classifier], Mapping[str, float]]
-
-
-class Learner(Classifier):
-    """A classifier in training: a call runs in the module's own mode, and its gradients reach the weights.
-
-    Inside `session` (attacks, measurements) it is the classifier that it will be: evaluation mode, frozen weights.
-    """
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Logits (B, classes) of x (B, C, H, W) in the box, with a graph to the weights outside a session."""
-        return self._forward(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits as the finished classifier would give them, without a graph."""
-        with self.session(), torch.no_grad():
-            return self._forward(x)
 
 
 @dataclass(frozen=True)
@@ -115,6 +100,9 @@ def fit(
     ema: float | None = None,
     seed: int = 0,
     channels_last: bool = False,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    compile: bool = False,
+    accumulate: int = 1,
     augment: Augmentation | None = None,
     device: str | torch.device | None = None,
     valid: Data | tuple[Tensor, Tensor] | Validation | None = None,
@@ -144,7 +132,7 @@ def fit(
     """
     settings = Settings(
         epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup, cycles,
-        tuple(milestones), gamma, ema, seed, channels_last,
+        tuple(milestones), gamma, ema, seed, channels_last, precision, compile, accumulate,
     )  # fmt: skip
     given = model if isinstance(model, Classifier) else Classifier(model, device=device)
     x, y = load_samples(data)
@@ -190,9 +178,8 @@ class _Training:
         augment: Augmentation | None,
         valid: Data | tuple[Tensor, Tensor] | Validation | None,
     ) -> None:
-        mean, std = given.mean.flatten().tolist(), given.std.flatten().tolist()
         self.settings, self.recipe = settings, loss
-        self.clf = Learner(given.module, given.bounds, mean, std, given.device, given.name)
+        self.clf = Learner(given, settings.precision, settings.compile)
         self.module = given.module
         self.check(x, y)
         self.x, self.y = x.to(given.device), y.to(given.device)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import (
+    fuse_conv_bn_eval,
+    fuse_conv_bn_weights,
+    fuse_linear_bn_eval,
+    fuse_linear_bn_weights,
+)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def fold(module: nn.Module) -> tuple[nn.Module, int]:
-    """A copy of a module in evaluation mode with its batch normalisations folded, and how many were.
+def fold(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """A copy of a module in evaluation mode with its batch normalisations folded, and the layer → norm of each.
 
     A normalisation is folded where a layer feeds nothing but it, each is used once, and it normalises with its
     running statistics. The copy shares no tensor with `module`.
@@ -22,7 +27,7 @@ def fold(module: nn.Module) -> tuple[nn.Module, int]:
         Exception: whatever tracing or copying raises; the caller then goes on with the module as it is.
     """
     traced = fx.symbolic_trace(copy.deepcopy(module).eval())
-    folded = 0
+    folded: dict[str, str] = {}
     for norm in [node for node in traced.graph.nodes if _calls(traced, node, _NORMS)]:
         layer = norm.args[0] if norm.args else None
         if isinstance(layer, fx.Node) and _foldable(traced, layer, norm):
@@ -30,11 +35,35 @@ def fold(module: nn.Module) -> tuple[nn.Module, int]:
             _replace(traced, str(layer.target), fused)
             norm.replace_all_uses_with(layer)
             traced.graph.erase_node(norm)
-            folded += 1
+            folded[str(layer.target)] = str(norm.target)
     traced.delete_all_unused_submodules()
     traced.graph.lint()
     traced.recompile()
     return traced, folded
+
+
+@torch.no_grad()
+def refold(copied: nn.Module, module: nn.Module, folded: dict[str, str]) -> None:
+    """Writes a module's present weights into a copy that `fold` made of it, in place: compiled graphs see them.
+
+    Args:
+        copied: the copy, in any arithmetic and memory format; module: what it was made of; folded: as `fold` said.
+    """
+    source = module.state_dict()
+    for name, value in copied.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        if layer in folded:
+            fused = _fused_weights(module, layer, folded[layer])
+            value.copy_(fused[0] if kind == "weight" else fused[1])
+        elif name in source:  # tracing may have made constants of its own
+            value.copy_(source[name])
+
+
+def _fused_weights(module: nn.Module, layer: str, norm: str) -> tuple[Tensor, Tensor]:
+    first, second = module.get_submodule(layer), module.get_submodule(norm)
+    fuse = fuse_linear_bn_weights if isinstance(first, nn.Linear) else fuse_conv_bn_weights
+    rest = (second.running_mean, second.running_var, second.eps, second.weight, second.bias)
+    return fuse(first.weight, first.bias, *rest)  # type: ignore[arg-type, return-value]
 
 
 def _calls(traced: fx.GraphModule, node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> bool:

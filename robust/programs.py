@@ -31,6 +31,7 @@ class Program:
         loss: what to differentiate; None for logits alone.
         arguments: x, and with a loss y, and where the loss takes them targets and reference, by name.
         rough: whether `forward` computes in bfloat16.
+        moving: whether the weights may be written to between calls; else the compiler takes them for constants.
 
     Raises:
         Exception: whatever the compiler raises; the caller then goes on without it.
@@ -38,7 +39,12 @@ class Program:
     """
 
     def __init__(
-        self, forward: Forward, loss: Loss | None, arguments: dict[str, Tensor], rough: bool
+        self,
+        forward: Forward,
+        loss: Loss | None,
+        arguments: dict[str, Tensor],
+        rough: bool,
+        moving: bool = False,
     ) -> None:
         self.names = list(arguments)
         self.device = arguments["x"].device
@@ -48,7 +54,7 @@ class Program:
         function = _function(forward, loss, self.names)
         expected = function(*example)
         graph = make_fx(function, decomposition_table=_DECOMPOSED)(*example)
-        with torch.no_grad(), _frozen():
+        with torch.no_grad(), _compiling(frozen=not moving):
             self._run = _captured(graph, example) if self.device.type == "cuda" else _compiled(graph)
             found = self._run(*example)
         for ours, theirs in zip(found, expected, strict=True):
@@ -89,8 +95,8 @@ def _compiled(graph: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def _frozen() -> Iterator[None]:
-    """Weights are constants while open, which the compiler turns and lays out once, and may merge into kernels."""
+def _compiling(frozen: bool) -> Iterator[None]:
+    """Frozen weights are constants, which the compiler turns and lays out once, and may merge into kernels."""
     from torch._inductor import config  # slow to import, and only compiling needs it
 
     # It remarks on every machine without a GPU that there is none.
@@ -98,7 +104,7 @@ def _frozen() -> Iterator[None]:
     level = remarks.level
     remarks.setLevel(logging.ERROR)
     try:
-        with config.patch(freezing=True):
+        with config.patch(freezing=frozen):
             yield
     finally:
         remarks.setLevel(level)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from robust.classifier import FLOAT_NOISE, Classifier, RobustWarning
 from robust.cost import Cost
 from robust.errors import RobustError, first_line
-from robust.folding import fold
+from robust.folding import fold, refold
 from robust.losses import Loss
 from robust.programs import Program
 from robust.registry import unknown
@@ -58,16 +58,21 @@ class Twin:
     """A copy of a classifier's module that answers in its place; its passes are counted as the classifier's own.
 
     Attributes:
-        dtype: its arithmetic. folded: normalisations folded. channels_last: its memory format.
+        dtype: its arithmetic. folded: layer → normalisation folded into it. channels_last: its memory format.
         agreement: set by the check against the original.
         programs: compiled graphs by loss, shape of x and names of the other arguments; None where that failed.
         compiling: whether they answer; set for each piece of work, whichever programs earlier work has left.
+        moving: whether `refresh` will be called: compiled programs then read the weights anew each time.
     """
 
     def __init__(
-        self, original: Classifier, dtype: torch.dtype = torch.float32, channels_last: bool = True
+        self,
+        original: Classifier,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+        moving: bool = False,
     ) -> None:
-        self.original, self.dtype = original, dtype
+        self.original, self.dtype, self.moving = original, dtype, moving
         module, self.folded = _copied(original.module)
         module = module.eval().requires_grad_(False).to(dtype=dtype)
         self.channels_last = channels_last
@@ -100,6 +105,10 @@ class Twin:
         logits: Tensor = self.module(z)
         return logits.float()
 
+    def refresh(self) -> None:
+        """Takes over the original's present weights, in place: a training calls it after every step."""
+        refold(self.module, self.original.module, self.folded)
+
     def logits(self, x: Tensor) -> Tensor:
         """Logits without a graph."""
         program = self.programs.get((None, tuple(x.shape), ()))
@@ -131,7 +140,7 @@ class Twin:
             self.programs[key] = None
             try:
                 self.programs[key] = Program(
-                    self._forward, loss, {"x": x, **given}, self.dtype != torch.float32
+                    self._forward, loss, {"x": x, **given}, self.dtype != torch.float32, self.moving
                 )
             except Exception as error:  # noqa: BLE001  a compiler may fail in any way
                 _warn(self.original, f"the twin could not be compiled ({first_line(error)}); it runs eager")
@@ -140,19 +149,19 @@ class Twin:
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""
         return {
-            "folded": self.folded,
+            "folded": len(self.folded),
             "channels_last": self.channels_last,
             "programs": sum(program is not None for program in self.programs.values()),
             "agreement": None if self.agreement is None else asdict(self.agreement),
         }
 
 
-def _copied(module: nn.Module) -> tuple[nn.Module, int]:
+def _copied(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     """A copy with normalisations folded, or a plain one where tracing fails."""
     try:
         return fold(module)
     except Exception:  # noqa: BLE001  a model's own code runs while it is traced, and may raise anything
-        return copy.deepcopy(module), 0
+        return copy.deepcopy(module), {}
 
 
 def compare(original: Classifier, twin: Twin, x: Tensor) -> Agreement:
@@ -201,7 +210,7 @@ def make_twin(original: Classifier, x: Tensor, dtype: torch.dtype = torch.float3
     """
     if original.randomised or len(x) == 0:
         return None
-    state = _fingerprint(original.module)
+    state = fingerprint(original.module)
     kept = original.twins.get(str(dtype))
     if kept is not None and kept[0] == state:
         twin: Twin | None = kept[1]
@@ -231,7 +240,7 @@ def _checked(original: Classifier, twin: Twin, x: Tensor) -> str | None:
     return f"logits differ by {found.logits:.1e}, gradients' cosine is {found.gradients:.2f}"
 
 
-def _fingerprint(module: nn.Module) -> tuple[tuple[int, int], ...]:
+def fingerprint(module: nn.Module) -> tuple[tuple[int, int], ...]:
     """Changes when a parameter or buffer is replaced or written to in place."""
     return tuple((tensor.data_ptr(), tensor._version) for tensor in (*module.parameters(), *module.buffers()))
 

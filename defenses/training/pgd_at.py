@@ -71,6 +71,5 @@ class PGDAT(Recipe):
     def loss(self, clf: Classifier, x: Tensor, y: Tensor, index: Tensor, epoch_seed: int) -> Tensor:
         """Mean cross-entropy of the batch at its adversarial points."""
         with clf.session():
-            attack = self.attack()
-            x_adv = attack(clf, x, y, seed=epoch_seed, index=index, precision="original")  # the weights move
+            x_adv = self.attack().points(clf, x, y, seed=epoch_seed, index=index)
         return F.cross_entropy(clf(x_adv), y)
