@@ -20,7 +20,7 @@ from robust.optimise import Average, load_state_tensors, state_tensors
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "model.safetensors"
 RECORD = "train.json"
-_MODEL, _AVERAGE, _OPTIMIZER = "model/", "average/", "optimizer/"
+_MODEL, _AVERAGE, _OPTIMIZER, _MEMORY = "model/", "average/", "optimizer/", "recipe/"
 
 
 @dataclass
@@ -70,12 +70,17 @@ def save_checkpoint(
     module: nn.Module,
     optimizer: Any,
     average: Average | None,
+    memory: Mapping[str, Tensor],
 ) -> None:
-    """Everything that the next step depends on, and the `identity` of the training it belongs to."""
+    """Everything that the next step depends on, and the `identity` of the training it belongs to.
+
+    `memory` is what the recipe keeps from one step to the next.
+    """
     tensors = {_MODEL + name: value for name, value in module.state_dict().items()}
     tensors |= {_OPTIMIZER + name: value for name, value in state_tensors(optimizer).items()}
     if average is not None:
         tensors |= {_AVERAGE + name: value for name, value in average.state.items()}
+    tensors |= {_MEMORY + name: value for name, value in memory.items()}
     header = {"place": json.dumps(vars(place)), "identity": json.dumps(identity, sort_keys=True)}
     write_tensors(folder / CHECKPOINT, tensors, header)
 
@@ -86,15 +91,15 @@ def load_checkpoint(
     module: nn.Module,
     optimizer: Any,
     average: Average | None,
-) -> Place:
-    """Restore the checkpoint in `folder`, if there is one, and say how far the training had come.
+) -> tuple[Place, dict[str, Tensor]]:
+    """Restore the checkpoint in `folder`, if there is one: how far the training had come, and the recipe's memory.
 
     Raises:
         RunError: the file is damaged, or belongs to a training with another `identity`.
     """
     path = folder / CHECKPOINT
     if not path.exists():
-        return Place()
+        return Place(), {}
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
@@ -110,7 +115,7 @@ def load_checkpoint(
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise RunError(f"{path} cannot be resumed from ({line}); delete it to start again") from None
-    return place
+    return place, _below(_MEMORY, tensors)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import hashlib
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
@@ -31,12 +32,12 @@ from robust.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
-from robust.classifier import Classifier
+from robust.classifier import Classifier, RobustWarning
 from robust.digest import write_json
 from robust.errors import DataError, RunError
 from robust.learner import Learner
 from robust.optimise import Average, Optimizer, Schedule, Settings, make_optimizer
-from robust.recipe import Loss, Recipe
+from robust.recipe import Loss, Memory, Plain, Recipe
 from robust.rng import derive
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ class _Training:
         augment: Augmentation | None,
         valid: Data | tuple[Tensor, Tensor] | Validation | None,
     ) -> None:
-        self.settings, self.recipe = settings, loss
+        self.settings, self.described = settings, _described(loss)
+        self.recipe = loss if isinstance(loss, Recipe) else Plain(loss)
         self.clf = Learner(given, settings.precision, settings.compile)
         self.module = given.module
         self.check(x, y)
@@ -190,18 +192,22 @@ class _Training:
         self.average = Average(self.module, settings.ema) if settings.ema is not None else None
         # A last batch of one sample joins the one before it: batch normalisation cannot be trained on one.
         alone = len(x) > settings.batch_size and len(x) % settings.batch_size == 1
-        self.per_epoch = math.ceil(len(x) / settings.batch_size) - alone
+        self.repeats = self.recipe.repeats
+        self.per_epoch = (math.ceil(len(x) / settings.batch_size) - alone) * self.repeats
         self.place = Place()
+        self.memory: Memory = {}
         self.order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def check(self, x: Tensor, y: Tensor) -> None:
         """Raises one line unless the model takes such inputs and has an output for every label."""
         if x.dtype != torch.uint8:
             self.clf.require_box(x)
+        first = x[:16].float() / 255 if x.dtype == torch.uint8 else x[:16]
         with self.clf.session():
-            self.clf.check(x[:16].float() / 255 if x.dtype == torch.uint8 else x[:16])
+            self.clf.check(first)
         if int(y.max()) >= self.clf.classes:
             raise DataError(f"a label is {int(y.max())}, but {self.clf.name} has {self.clf.classes} classes")
+        self.recipe.check(self.clf, first)
 
     @property
     def steps(self) -> int:
@@ -213,7 +219,7 @@ class _Training:
         digest = hashlib.sha256(self.x.cpu().numpy().tobytes() + self.y.cpu().numpy().tobytes())
         return {
             **asdict(self.settings),
-            "loss": _described(self.recipe),
+            "loss": self.described,
             "augment": _described(self.augment),
             "data": f"{tuple(self.x.shape)} sha256:{digest.hexdigest()}",
             "model": type(self.module).__qualname__,
@@ -225,7 +231,9 @@ class _Training:
         """All steps from the checkpoint, if any, to the end; the module is left in the mode it was found in."""
         identity = self.identity() if folder is not None else {}
         if folder is not None:
-            self.place = load_checkpoint(folder, identity, self.module, self.optimizer, self.average)
+            self.place, self.memory = load_checkpoint(
+                folder, identity, self.module, self.optimizer, self.average
+            )
         modes = [(module, module.training) for module in self.module.modules()]
         devices = [self.clf.device] if self.clf.device.type == "cuda" else []
         begun, saved = time.monotonic() - self.place.seconds, time.monotonic()
@@ -237,7 +245,7 @@ class _Training:
                     due = time.monotonic() - saved >= checkpoint_seconds
                     if folder is not None and (due or self.place.step == self.steps):
                         save_checkpoint(
-                            folder, self.place, identity, self.module, self.optimizer, self.average
+                            folder, self.place, identity, self.module, self.optimizer, self.average, self.memory
                         )
                         saved = time.monotonic()
                     if progress is not None:
@@ -257,6 +265,7 @@ class _Training:
             "schema": 1,
             "training": self.identity(),
             "history": self.place.history,
+            "warnings": self.recipe.doubts(self.place.history),
             "seconds": self.place.seconds,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": str(self.clf.device),
@@ -297,21 +306,19 @@ class _Training:
         if self.order[0] != epoch:
             generator = torch.Generator().manual_seed(derive(self.settings.seed, "shuffle", epoch))
             self.order = epoch, torch.randperm(len(self.x), generator=generator)
-        start = number * self.settings.batch_size
-        stop = len(self.x) if number == self.per_epoch - 1 else start + self.settings.batch_size
+        batch, batches = number // self.repeats, self.per_epoch // self.repeats
+        start = batch * self.settings.batch_size
+        stop = len(self.x) if batch == batches - 1 else start + self.settings.batch_size
         return self.order[1][start:stop].to(self.x.device)
 
     def descend(self, rows: Tensor, epoch_seed: int, step: int) -> float:
         """One descent on the loss of some samples; the loss before it."""
-        x, y = self.x[rows], self.y[rows]
-        if x.dtype == torch.uint8:
-            x = x.float() / 255
+        x, y = self.samples(rows)
         if self.augment is not None:
             x = self.augment(x, rows, epoch_seed)
-        recipe = self.recipe
-        loss = recipe.at(step / self.per_epoch).loss if isinstance(recipe, Recipe) else recipe
+        recipe = self.recipe.at(step / self.per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        value = loss(self.clf, x, y, rows, epoch_seed)
+        value, memory = recipe.step(self.clf, x, y, rows, epoch_seed, self.memory)
         number = float(value.detach())
         if not math.isfinite(number):
             where = f"epoch {step // self.per_epoch + 1}, step {step + 1}"
@@ -320,17 +327,36 @@ class _Training:
             )
         value.backward()
         self.optimizer.step()
+        self.memory = memory
         return number
+
+    def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs in the box, not augmented, and labels of some samples."""
+        x = self.x[rows]
+        return (x.float() / 255 if x.dtype == torch.uint8 else x), self.y[rows]
 
     def finish_epoch(self, epoch: int, rate: float) -> None:
         """Enter the epoch into the history, with what the validation measures on the weights it would end with."""
-        entry = {"epoch": epoch + 1.0, "loss": self.place.loss_sum / len(self.x), "lr": rate}
+        entry = {"epoch": epoch + 1.0, "loss": self.place.loss_sum / (len(self.x) * self.repeats), "lr": rate}
         self.place.loss_sum = 0.0
         if self.valid is not None:
             averaged = nullcontext() if self.average is None else self.average.applied(self.module)
             with averaged:
                 entry |= self.valid(self.clf) if callable(self.valid) else _accuracy(self.clf, self.valid)
-        self.place.history.append(entry)
+        self.place.history.append(entry | self.probed(epoch))
+        known = self.recipe.doubts(self.place.history[:-1])
+        for doubt in self.recipe.doubts(self.place.history):
+            if doubt not in known:
+                warnings.warn(doubt, RobustWarning, stacklevel=2)
+
+    def probed(self, epoch: int) -> dict[str, float]:
+        """What the recipe measures on its training samples, the same ones after every epoch."""
+        if not self.recipe.probed:
+            return {}
+        generator = torch.Generator().manual_seed(derive(self.settings.seed, "probe"))
+        rows = torch.randperm(len(self.x), generator=generator)[: self.recipe.probed].to(self.x.device)
+        recipe, seed = self.recipe.at(epoch + 1), derive(self.settings.seed, "probe", epoch)
+        return recipe.probe(self.clf, *self.samples(rows), rows, seed)
 
     def event(self, loss: float, lr: float) -> Progress:
         """Where the training stands after the step just taken."""

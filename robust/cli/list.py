@@ -63,7 +63,10 @@ def list_names(kind: Kind = None, as_json: Json = False) -> None:
 
 
 def rows_of(kind: str) -> list[dict[str, Any]]:
-    """One row per name of a kind: its card and, for attacks, norms, knowledge, paper and class of cost."""
+    """One row per name of a kind: its card and, for attacks, norms, knowledge, paper and class of cost.
+
+    Of recipes the paper, and how many gradients a step takes for each sample.
+    """
     if kind == "models":
         return _models()
     if kind == "suites":
@@ -81,7 +84,15 @@ def _row(registry: Registry, name: str) -> dict[str, Any]:
         row["knowledge"] = item.knowledge
     if hasattr(item, "passes"):
         row |= {"paper": ", ".join(_PAPER.findall(row["card"])), "cost": _cost_class(item.passes())}
+    if hasattr(item, "gradients"):
+        row |= {"paper": _source(row["card"]), "gradients": item.gradients()}
     return row
+
+
+def _source(line: str) -> str:
+    """The paper of a card: its arXiv number, or author and year where it has none."""
+    cited = re.search(r"\(([^()]* \d{4})[^()]*\)", line)
+    return ", ".join(_PAPER.findall(line)) or (cited[1] if cited else "")
 
 
 def _cost_class(passes: float) -> str:

@@ -25,7 +25,7 @@ EPOCHS = 20  # where neither a configuration nor an option says otherwise
 Recipe = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME", help="standard or pgd-at; see robust list recipes.", show_default=False
+        "--recipe", metavar="NAME", help="Such as standard, trades or fast; see robust list recipes.", show_default=False
     ),
 ]
 Config = Annotated[
@@ -95,7 +95,7 @@ def train(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result, found = _run(plan, folder, resume, weights, device, data_root, quiet=as_json)
-    doubts = [str(warning.message) for warning in caught]
+    doubts = list(dict.fromkeys([*(str(warning.message) for warning in caught), *result.record["warnings"]]))
     if as_json:
         print(json.dumps(_summary(plan, result, found, doubts, folder)))
     else:
