@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "digits": "robust.zoo.digits:DigitsNet",
     "lenet5": "robust.zoo.lenet5:LeNet5",
     "resnet20": "robust.zoo.resnet_cifar:resnet20",
+    "resnet20x2": "robust.zoo.resnet_cifar:resnet20x2",
     "resnet32": "robust.zoo.resnet_cifar:resnet32",
     "resnet44": "robust.zoo.resnet_cifar:resnet44",
     "resnet56": "robust.zoo.resnet_cifar:resnet56",

@@ -45,19 +45,21 @@ class CifarResNet(nn.Module):
         depth: 6n + 2 weighted layers.
         classes: number of outputs.
         channels: of the input.
+        wider: factor of the channels of stem and stages (Zagoruyko & Komodakis 2016, arXiv:1605.07146).
     """
 
-    def __init__(self, depth: int, classes: int = 10, channels: int = 3) -> None:
+    def __init__(self, depth: int, classes: int = 10, channels: int = 3, wider: int = 1) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth {depth} is not 6n + 2; the published ones are 20, 32, 44, 56 and 110")
-        self.conv1 = nn.Conv2d(channels, WIDTHS[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, 1)
-        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, 2)
-        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, 2)
-        self.linear = nn.Linear(WIDTHS[2], classes)
+        widths = [wider * width for width in WIDTHS]
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = _stage(widths[0], widths[0], blocks, 1)
+        self.layer2 = _stage(widths[0], widths[1], blocks, 2)
+        self.layer3 = _stage(widths[1], widths[2], blocks, 2)
+        self.linear = nn.Linear(widths[2], classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -77,6 +79,11 @@ def _stage(channels: int, width: int, blocks: int, stride: int) -> nn.Sequential
 def resnet20(classes: int = 10) -> CifarResNet:
     """CIFAR ResNet-20 (He et al. 2016), 0.27 million parameters."""
     return CifarResNet(20, classes)
+
+
+def resnet20x2(classes: int = 10) -> CifarResNet:
+    """CIFAR ResNet-20 of twice the width, 1.1 million parameters."""
+    return CifarResNet(20, classes, wider=2)
 
 
 def resnet32(classes: int = 10) -> CifarResNet:
