@@ -16,7 +16,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors[count:])
-        return value.detach().clone()
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -32,7 +32,7 @@ def attached(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Te
     """
     pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
     known = [g for _, g in pairs]
-    result: Tensor = _Attached.apply(value, len(pairs), *[p for p, _ in pairs], *known)  # type: ignore[no-untyped-call]
+    result: Tensor = _Attached.apply(value.detach(), len(pairs), *[p for p, _ in pairs], *known)  # type: ignore[no-untyped-call]
     return result
 
 
