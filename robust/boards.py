@@ -24,7 +24,9 @@ class Board:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise RunError("tensorboard is not installed; pip install 'robust-toolkit[tensorboard]'") from None
+            raise RunError(
+                "tensorboard is not installed; pip install 'robust-toolkit[tensorboard]'"
+            ) from None
         self.writer: Any = SummaryWriter(str(folder), purge_step=step)  # type: ignore[no-untyped-call]
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from robust.digest import write_atomic
 from robust.errors import RobustError, RunError
-from robust.optimise import Average, load_state_tensors, state_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "model.safetensors"
 RECORD = "train.json"
-_MODEL, _AVERAGE, _OPTIMIZER, _MEMORY = "model/", "average/", "optimizer/", "recipe/"
 
 
 @dataclass
@@ -64,62 +62,47 @@ def write_tensors(
 
 
 def save_checkpoint(
-    folder: Path,
-    place: Place,
-    identity: Mapping[str, Any],
-    module: nn.Module,
-    optimizer: Any,
-    average: Average | None,
-    memory: Mapping[str, Tensor],
+    folder: Path, place: Place, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Everything that the next step depends on, and the `identity` of the training it belongs to.
-
-    `memory` is what the recipe keeps from one step to the next.
-    """
-    tensors = {_MODEL + name: value for name, value in module.state_dict().items()}
-    tensors |= {_OPTIMIZER + name: value for name, value in state_tensors(optimizer).items()}
-    if average is not None:
-        tensors |= {_AVERAGE + name: value for name, value in average.state.items()}
-    tensors |= {_MEMORY + name: value for name, value in memory.items()}
+    """The tensors that the next step depends on, the place, and the `identity` of the training they belong to."""
     header = {"place": json.dumps(vars(place)), "identity": json.dumps(identity, sort_keys=True)}
     write_tensors(folder / CHECKPOINT, tensors, header)
 
 
 def load_checkpoint(
-    folder: Path,
-    identity: Mapping[str, Any],
-    module: nn.Module,
-    optimizer: Any,
-    average: Average | None,
-) -> tuple[Place, dict[str, Tensor]]:
-    """Restore the checkpoint in `folder`, if there is one: how far the training had come, and the recipe's memory.
+    folder: Path, identity: Mapping[str, Any], restore: Callable[[dict[str, Tensor]], None]
+) -> Place:
+    """Hand the tensors of the checkpoint in `folder`, if there is one, to `restore`; how far the training had come.
 
     Raises:
         RunError: the file is damaged, or belongs to a training with another `identity`.
     """
     path = folder / CHECKPOINT
     if not path.exists():
-        return Place(), {}
+        return Place()
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         place = Place(**json.loads(header["place"]))
         _same_training(path, json.loads(header["identity"]), json.loads(json.dumps(identity)))
-        module.load_state_dict(_below(_MODEL, tensors))
-        load_state_tensors(optimizer, _below(_OPTIMIZER, tensors))
-        if average is not None:
-            average.load(_below(_AVERAGE, tensors))
+        restore(tensors)
     except RobustError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise RunError(f"{path} cannot be resumed from ({line}); delete it to start again") from None
-    return place, _below(_MEMORY, tensors)
+    return place
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `below` undoes."""
+    return {prefix + name: value for name, value in tensors.items()}
 
 
 def _same_training(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

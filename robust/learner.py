@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust.classifier import Classifier
 from robust.errors import first_line
@@ -21,12 +21,15 @@ class Learner(Classifier):
     Inside `session` (attacks, measurements) it is the classifier that it will be: evaluation mode, frozen weights.
 
     Args:
-        given: the classifier to train; its module is trained in place.
+        given: the classifier to train, or its bare module, which is trained in place.
         precision: "bfloat16": forwards for the loss under autocast, with weights and optimizer in float32.
         compiled: whether forwards and backwards, the inner attack's too, are compiled.
     """
 
-    def __init__(self, given: Classifier, precision: Arithmetic = "float32", compiled: bool = False) -> None:
+    def __init__(
+        self, given: Classifier | nn.Module, precision: Arithmetic = "float32", compiled: bool = False
+    ) -> None:
+        given = given if isinstance(given, Classifier) else Classifier(given)
         mean, std = given.mean.flatten().tolist(), given.std.flatten().tolist()
         super().__init__(given.module, given.bounds, mean, std, given.device, given.name)
         self.precision, self.compiled = precision, compiled

@@ -40,7 +40,7 @@ class Settings:
         seed: keys the shuffling, the augmentation, dropout and the recipe's own randomness.
         channels_last: whether to train in the channels-last memory format, which is faster for convolutions.
         precision: "bfloat16": forwards under autocast, inner attacks on a bfloat16 twin; weights stay in float32.
-        compile: whether forwards and backwards are compiled: a minute or two at the start, then a fifth faster.
+        compiled: whether forwards and backwards are compiled: a minute or two at the start, then a fifth faster.
         accumulate: equal parts that a batch is taken in, one after another, for less memory; gradients add up.
     """
 
@@ -59,7 +59,7 @@ class Settings:
     seed: int = 0
     channels_last: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
+    compiled: bool = False
     accumulate: int = 1
 
     def __post_init__(self) -> None:

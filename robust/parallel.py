@@ -62,7 +62,7 @@ class Group:
             for value in module.state_dict().values():
                 dist.broadcast(value, src=0)
 
-    def reduce(self, module: nn.Module, weight: float, number: float) -> float:
+    def reduce(self, module: nn.Module, number: float, weight: float) -> float:
         """Averages gradients and running statistics over the processes; the average of `number`.
 
         Args:
@@ -71,8 +71,9 @@ class Group:
         if self.size == 1:
             return number
         parameters = [p for p in module.parameters() if p.requires_grad]
-        for parameter in parameters:  # a process without rows, and layers without a part in the loss, add nothing
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad * weight
+        for parameter in parameters:  # where a process has no rows, or a layer no part in the loss, there is none
+            known = parameter.grad
+            parameter.grad = torch.zeros_like(parameter) if known is None else known * weight
         buffers = [b for b in module.buffers() if b.is_floating_point()]
         for buffer in buffers:
             buffer.div_(self.size)
@@ -96,5 +97,7 @@ def join_group() -> Group:
         try:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         except (RuntimeError, ValueError) as error:
-            raise RunError(f"the {size} processes of this training do not meet: {first_line(error)}") from None
+            raise RunError(
+                f"the {size} processes of this training do not meet: {first_line(error)}"
+            ) from None
     return Group(dist.get_rank(), dist.get_world_size())

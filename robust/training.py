@@ -17,13 +17,15 @@ from robust.config import from_mapping, load_config
 from robust.data import load_data
 from robust.digest import write_json
 from robust.errors import ConfigError, UnknownName
-from robust.fit import FitResult, Progress, accuracy, fit
+from robust.fit import FitResult, fit
 from robust.models import load_classifier
 from robust.optimise import Settings
 from robust.recipe import Recipe
 from robust.registry import room
 from robust.rng import derive
+from robust.samples import accuracy
 from robust.threat import make_threat
+from robust.trainer import Progress
 
 
 @dataclass(frozen=True)

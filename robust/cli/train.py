@@ -16,7 +16,8 @@ from robust.cli.progress import Meter, duration
 from robust.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from robust.fit import FitResult, Progress
+    from robust.fit import FitResult
+    from robust.trainer import Progress
     from robust.training import TrainConfig
 
 RUNS = Path("runs")
@@ -25,7 +26,10 @@ EPOCHS = 20  # where neither a configuration nor an option says otherwise
 Recipe = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME", help="Such as standard, trades or fast; see robust list recipes.", show_default=False
+        "--recipe",
+        metavar="NAME",
+        help="Such as standard, trades or fast; see robust list recipes.",
+        show_default=False,
     ),
 ]
 Config = Annotated[

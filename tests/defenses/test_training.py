@@ -22,7 +22,8 @@ from robust.defenses.training import REGISTRY, get
 from robust.defenses.training.pgd_at import PGDAT
 from robust.defenses.training.standard import Standard
 from robust.errors import ConfigError, RobustError
-from robust.fit import Learner, fit
+from robust.fit import fit
+from robust.learner import Learner
 from robust.models import load_model
 from robust.recipe import Recipe
 from robust.threat import Linf

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from robust.checkpoint import WEIGHTS
 from robust.classifier import Classifier
 from robust.errors import ConfigError, DataError, ModelError, RobustError, RunError
-from robust.fit import Progress, fit, load_samples
+from robust.fit import fit
 from robust.optimise import Average, Settings
+from robust.samples import load_samples
+from robust.trainer import Progress
 from tests.robust.training_parts import blobs, cross_entropy, linear, same, small, whole_task
 
 
