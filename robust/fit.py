@@ -258,7 +258,13 @@ class _Training:
                     due = time.monotonic() - saved >= checkpoint_seconds
                     if folder is not None and (due or self.place.step == self.steps):
                         save_checkpoint(
-                            folder, self.place, identity, self.module, self.optimizer, self.average, self.memory
+                            folder,
+                            self.place,
+                            identity,
+                            self.module,
+                            self.optimizer,
+                            self.average,
+                            self.memory,
                         )
                         saved = time.monotonic()
                     if progress is not None:

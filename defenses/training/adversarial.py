@@ -18,9 +18,7 @@ from robust.threat import Threat, make_threat
 _RISING = ("eps", "step_size")
 
 
-def inner_points(
-    attack: Attack, clf: Classifier, x: Tensor, y: Tensor, index: Tensor, seed: int
-) -> Tensor:
+def inner_points(attack: Attack, clf: Classifier, x: Tensor, y: Tensor, index: Tensor, seed: int) -> Tensor:
     """Adversarial points to train on: the one place where recipes run their inner attacks.
 
     The attack sees the model in evaluation mode with frozen weights: batch normalisation uses its running statistics

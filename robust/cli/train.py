@@ -25,7 +25,10 @@ EPOCHS = 20  # where neither a configuration nor an option says otherwise
 Recipe = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME", help="Such as standard, trades or fast; see robust list recipes.", show_default=False
+        "--recipe",
+        metavar="NAME",
+        help="Such as pgd-at or trades; see robust list recipes.",
+        show_default=False,
     ),
 ]
 Config = Annotated[

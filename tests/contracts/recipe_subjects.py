@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from robust.data import load_data
 from robust.defenses.training import get
-from robust.fit import FitResult, Learner, fit
+from robust.fit import FitResult, Learner, Progress, fit
 from robust.recipe import Recipe
 
 # What makes a recipe small, or is needed; only fields that it has are set.
@@ -54,11 +57,21 @@ def learner(norm: bool = True) -> Learner:
 
 
 def train(name: str, out: Path | None = None, epochs: int = 2, **walk: Any) -> FitResult:
-    """A short training by a recipe."""
+    """A short training by a recipe: three batches an epoch."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
-    walk = {"batch_size": 32, "lr": 1e-2, "checkpoint_seconds": 0, **walk}
+    walk = {"loss": make(name), "batch_size": 32, "lr": 1e-2, "checkpoint_seconds": 0, **walk}
     try:
-        return fit(network(), digits(80), loss=make(name), epochs=epochs, out=out, **walk)
+        return fit(network(), digits(80), epochs=epochs, out=out, **walk)
     finally:
         torch.set_num_threads(count)
+
+
+def die(event: Progress) -> None:
+    """SIGKILL after the step that the command line names."""
+    if event.step == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":  # python -m tests.contracts.recipe_subjects NAME FOLDER STEP
+    train(sys.argv[1], Path(sys.argv[2]), progress=die)

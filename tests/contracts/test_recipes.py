@@ -71,7 +71,9 @@ def test_a_recipe_trains(name: str) -> None:
 
 @EVERY
 def test_a_training_is_a_function_of_its_seed(name: str) -> None:
-    first, again, other = (train(name, epochs=1, seed=seed).classifier.module.state_dict() for seed in (1, 1, 2))
+    first, again, other = (
+        train(name, epochs=1, seed=seed).classifier.module.state_dict() for seed in (1, 1, 2)
+    )
     assert same(first, again)
     assert not same(first, other)
 
