@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robust.augment import Augment
 from robust.checkpoint import RECORD
@@ -20,10 +21,11 @@ from robust.errors import ConfigError, UnknownName
 from robust.fit import FitResult, fit
 from robust.models import load_classifier
 from robust.optimise import Settings
-from robust.recipe import Recipe
+from robust.parallel import join_group
+from robust.recipe import Recipe, require
 from robust.registry import room
 from robust.rng import derive
-from robust.samples import accuracy
+from robust.samples import accuracy, in_box, load_samples
 from robust.threat import make_threat
 from robust.trainer import Progress
 
@@ -49,6 +51,62 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class HoldOut:
+    """Training samples that are held out and measured after every epoch; the best epoch's weights are kept.
+
+    Attributes:
+        n: so many, drawn by the walk's seed; none of them is trained on.
+        eps: radius of a PGD attack on them, in the unit of x; None to measure clean accuracy alone.
+        norm: "linf", "l2" or "l1". steps: of PGD.
+        keep: whether the best epoch's weights are kept (by robust accuracy where there is an eps), or the last one's.
+    """
+
+    n: int = 1000
+    eps: float | None = None
+    norm: str = "linf"
+    steps: int = 10
+    keep: bool = True
+
+    def __post_init__(self) -> None:
+        require("n", self.n, self.n >= 1, "1 or more")
+        require("steps", self.steps, self.steps >= 1, "1 or more")
+        if self.eps is not None:
+            make_threat(self.norm, self.eps)
+
+    @property
+    def kept(self) -> str | None:
+        """The number that decides."""
+        if not self.keep:
+            return None
+        return "valid_accuracy" if self.eps is None else "valid_robust_accuracy"
+
+    def split(self, x: Tensor, y: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Samples (x, y) to train on, and those held out.
+
+        Raises:
+            ConfigError: there would be none left to train on.
+        """
+        require("n", self.n, self.n < len(x), f"less than the {len(x)} training samples")
+        generator = torch.Generator().manual_seed(derive(seed, "hold-out"))
+        order = torch.randperm(len(x), generator=generator)
+        held, rest = order[: self.n].sort().values, order[self.n :].sort().values
+        return (x[rest], y[rest]), (x[held], y[held])
+
+    def validation(self, x: Tensor, y: Tensor, seed: int) -> Callable[[Classifier], dict[str, float]]:
+        """Measures a classifier on the samples held out: `valid_accuracy`, and with an eps `valid_robust_accuracy`."""
+
+        def measure(clf: Classifier) -> dict[str, float]:
+            found = {"valid_accuracy": accuracy(clf, (x, y))}
+            if self.eps is not None:
+                attack = room("attacks").load("pgd")(threat=make_threat(self.norm, self.eps), steps=self.steps)
+                result = attack.run(clf, in_box(x), y, seed=seed, precision="original")
+                found["valid_robust_accuracy"] = 1 - float(result.success.double().mean())
+            return found
+
+        return measure
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """What `robust train` reads from a TOML file.
 
@@ -61,6 +119,8 @@ class TrainConfig:
         augment: random crops and mirror images.
         mean, std, bounds: normalisation and box of the model's inputs.
         measure: how robustness is measured at the end; None for clean accuracy only.
+        hold_out: what is measured after every epoch, and which epoch is kept; None for the last one.
+        tensorboard: whether the history is also written for TensorBoard, to the run folder.
     """
 
     fit: Settings
@@ -73,6 +133,8 @@ class TrainConfig:
     std: tuple[float, ...] | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
     measure: Measurement | None = None
+    hold_out: HoldOut | None = None
+    tensorboard: bool = False
 
     def make_recipe(self) -> Recipe:
         """The recipe with its options; an unknown name or option is one `ConfigError` line."""
@@ -139,6 +201,10 @@ def train_model(
     config = replace(config, options=dataclasses.asdict(recipe))
     data = load_data(config.data, root=data_root, train=True)
     clf = new_model(config, len(data.classes), weights, device)
+    samples, valid = load_samples(data), None
+    if (held := config.hold_out) is not None:
+        samples, apart = held.split(*samples, config.fit.seed)
+        valid = held.validation(*apart, config.fit.seed)
     walk = {f.name: getattr(config.fit, f.name) for f in fields(config.fit)}
     record = {
         "config": dataclasses.asdict(config),
@@ -146,17 +212,22 @@ def train_model(
     }
     result = fit(
         clf,
-        data,
+        samples,
         loss=recipe,
         augment=config.augment,
+        valid=valid,
+        keep=None if held is None else held.kept,
+        tensorboard=config.tensorboard,
         out=out,
         resume=resume,
         progress=progress,
         record=record,
         **walk,
     )
-    found = measured(config, clf, data_root)
-    write_json(out / RECORD, {**result.record, "measured": found})
+    group = join_group()
+    found = group.same(measured(config, clf, data_root) if group.writes else {})
+    if group.writes:
+        write_json(out / RECORD, {**result.record, "measured": found})
     return result, found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from robust.classifier import Classifier
 from robust.defenses.training.adversarial import inner_points
 from robust.defenses.training.fgsm_at import FGSMAT
-from robust.errors import ModelError
+from robust.errors import ModelError, RobustError
 from robust.models.named import parse_model
 from robust.recipe import require
 from robust.rng import Draws
@@ -55,7 +55,10 @@ class EnsembleAT(FGSMAT):
                 raise ModelError(
                     f"models: {name} lives in the box {list(other.bounds)}, {clf.name} in {list(clf.bounds)}"
                 )
-            other.check(x)
+            try:
+                other.check(x)
+            except RobustError as error:
+                raise ModelError(f"models: {name} cannot stand beside {clf.name}: {error}") from None
             if other.classes != clf.classes:
                 raise ModelError(
                     f"models: {name} has {other.classes} classes, {clf.name} has {clf.classes}; "

@@ -15,8 +15,8 @@ from robust.recipe import Recipe, require
 class LabelSmoothing(Recipe):
     """Label smoothing: cross-entropy against softened labels (Szegedy et al. 2016, arXiv:1512.00567, section 7).
 
-    The label's distribution is ``(1 − smoothing) · onehot(y) + smoothing / K`` over K classes. It flattens logits, which
-    weakens attacks that need their gradient more than it makes a model robust: `robust eval` tells.
+    The label's distribution is ``(1 − smoothing) · onehot(y) + smoothing / K`` over K classes. It flattens logits,
+    which weakens attacks that need their gradient more than it makes a model robust: `robust eval` tells.
 
     Attributes:
         smoothing: mass spread evenly over all classes, the paper's ε: 0.1 there.

@@ -19,8 +19,8 @@ class Mixup(Recipe):
     """Mixup: training on convex combinations of pairs and of their labels (Zhang et al. 2018, arXiv:1710.09412).
 
     A sample is mixed with a partner of its batch, ``λ x + (1 − λ) x'``, and its label likewise, λ ~ Beta(alpha, alpha)
-    drawn for every sample (their released code draws one λ a batch, their equations any). λ and the order from which
-    the partners follow are keyed by sample and epoch.
+    drawn for every sample (their released code draws one λ a batch, their equations any). λ and the circle in which
+    each is its neighbour's partner are keyed by sample and epoch.
 
     Attributes:
         alpha: concentration: towards 0 nothing is mixed, 1 is uniform (their CIFAR-10), larger mixes by halves.
@@ -32,7 +32,7 @@ class Mixup(Recipe):
         require("alpha", self.alpha, 0 < self.alpha < math.inf, "a positive number")
 
     def pairs(self, index: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Of samples `index` (B,): their partners' rows (B,), one each in a keyed circle, and their λ (B,) float32 in [0, 1]."""
+        """The partners' rows (B,) of samples `index` (B,), in a keyed circle, and their λ (B,) in [0, 1]."""
         from scipy.special import betaincinv
 
         draws = Draws(seed, "mixup", index).uniform(2).cpu()

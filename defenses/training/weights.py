@@ -32,7 +32,7 @@ def attached(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Te
     """
     pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
     known = [g for _, g in pairs]
-    result: Tensor = _Attached.apply(value.detach(), len(pairs), *[p for p, _ in pairs], *known)  # type: ignore[no-untyped-call]
+    result: Tensor = _Attached.apply(value.detach(), len(pairs), *[p for p, _ in pairs], *known)
     return result
 
 

@@ -28,7 +28,7 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME",
-        help="Such as standard, trades or fast; see robust list recipes.",
+        help="Such as pgd-at or trades; see robust list recipes.",
         show_default=False,
     ),
 ]
