@@ -37,7 +37,7 @@ class Learner(Classifier):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of x (B, C, H, W) in the box, with a graph to the weights outside a session."""
-        if self._depth:
+        if self._depth or (self.precision == "float32" and not self.compiled):
             return self._forward(x)
         self.cost.forwards += len(x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):

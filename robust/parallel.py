@@ -71,7 +71,9 @@ class Group:
         if self.size == 1:
             return number
         parameters = [p for p in module.parameters() if p.requires_grad]
-        for parameter in parameters:  # where a process has no rows, or a layer no part in the loss, there is none
+        for (
+            parameter
+        ) in parameters:  # where a process has no rows, or a layer no part in the loss, there is none
             known = parameter.grad
             parameter.grad = torch.zeros_like(parameter) if known is None else known * weight
         buffers = [b for b in module.buffers() if b.is_floating_point()]

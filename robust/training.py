@@ -98,7 +98,9 @@ class HoldOut:
         def measure(clf: Classifier) -> dict[str, float]:
             found = {"valid_accuracy": accuracy(clf, (x, y))}
             if self.eps is not None:
-                attack = room("attacks").load("pgd")(threat=make_threat(self.norm, self.eps), steps=self.steps)
+                attack = room("attacks").load("pgd")(
+                    threat=make_threat(self.norm, self.eps), steps=self.steps
+                )
                 result = attack.run(clf, in_box(x), y, seed=seed, precision="original")
                 found["valid_robust_accuracy"] = 1 - float(result.success.double().mean())
             return found

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from robust.data import load_data
 from robust.defenses.training import get
-from robust.fit import FitResult, Learner, Progress, fit
+from robust.fit import FitResult, fit
+from robust.learner import Learner
 from robust.recipe import Recipe
+from robust.trainer import Progress
 
 # What makes a recipe small, or is needed; only fields that it has are set.
 SHORT: dict[str, Any] = {"eps": 0.1, "sigma": 0.2, "steps": 2, "replays": 3, "models": ("zoo:digits",)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust.fit import Learner
+from robust.learner import Learner
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 

@@ -24,7 +24,7 @@ from robust.defenses.training.pgd_at import PGDAT
 from robust.defenses.training.trades import TRADES
 from robust.defenses.training.weights import attached, unlearned
 from robust.errors import ConfigError, RobustError
-from robust.fit import Learner
+from robust.learner import Learner
 from tests.defenses.recipe_parts import EXACT, Exact, batch, descent, network, softmax
 
 

@@ -25,7 +25,8 @@ from robust.defenses.training.fgsm_at import FGSMAT
 from robust.defenses.training.free import Free
 from robust.defenses.training.pgd_at import PGDAT
 from robust.errors import ModelError, ThreatError
-from robust.fit import Learner, fit
+from robust.fit import fit
+from robust.learner import Learner
 from robust.rng import Draws
 from robust.threat import Linf
 from robust.zoo.digits import DigitsNet

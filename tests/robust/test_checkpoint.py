@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from robust.checkpoint import CHECKPOINT, RECORD, WEIGHTS
 from robust.errors import RunError
-from robust.fit import FitResult, Progress, fit
+from robust.fit import FitResult, fit
+from robust.trainer import Progress
 from tests.robust.training_parts import blobs, cross_entropy, linear, same, whole_task
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from robust.augment import Augment
 from robust.classifier import Classifier
-from robust.fit import FitResult, Progress, fit
+from robust.fit import FitResult, fit
+from robust.trainer import Progress
 
 
 def cross_entropy(clf: Classifier, x: Tensor, y: Tensor, index: Tensor, epoch_seed: int) -> Tensor:
