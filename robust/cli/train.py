@@ -68,6 +68,7 @@ Out = Annotated[
         "--out", metavar="DIR", help="The run folder. Default: runs/train-RECIPE-DATA.", show_default=False
     ),
 ]
+Board = Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard, too.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")]
 
 
@@ -84,21 +85,29 @@ def train(
     seed: KeySeed = None,
     out: Out = None,
     resume: Resume = False,
+    tensorboard: Board = False,
     weights: options.Weights = None,
     device: options.Device = None,
     data_root: options.DataRoot = None,
     as_json: options.Json = False,
 ) -> None:
     """Train a model and measure it: weights, history and conditions go into the run folder."""
+    from robust.parallel import join_group
+
+    writes = join_group().writes  # of torchrun's processes one reports
     walk = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     plan = _plan(config, model, data, recipe, [*(settings or []), *([f"eps={eps}"] if eps else [])], walk)
+    plan = replace(plan, tensorboard=tensorboard or plan.tensorboard)
     plan.make_recipe()
     _check_paths(weights, data_root)
     folder = out or RUNS / f"train-{plan.recipe}-{plan.data.partition(':')[0]}"
     options.check_writable(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result, found = _run(plan, folder, resume, weights, device, data_root, quiet=as_json)
+        quiet = as_json or not writes
+        result, found = _run(plan, folder, resume, weights, device, data_root, quiet=quiet)
+    if not writes:
+        return
     doubts = list(dict.fromkeys([*(str(warning.message) for warning in caught), *result.record["warnings"]]))
     if as_json:
         print(json.dumps(_summary(plan, result, found, doubts, folder)))

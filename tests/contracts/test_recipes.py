@@ -56,7 +56,9 @@ def test_the_stated_cost_is_what_a_step_takes(name: str) -> None:
     passes: list[int] = []
     clf = learner()
     clf.module[-1].register_full_backward_hook(lambda *_: passes.append(1))
-    gradients(clf, make(name), slice(0, 4))  # the first step makes the twin of the inner attack, and checks it
+    gradients(
+        clf, make(name), slice(0, 4)
+    )  # the first step makes the twin of the inner attack, and checks it
     passes.clear()
     gradients(clf, make(name), slice(0, 4))
     options = {key: value for key, value in fields(name).items() if key == "steps"}

@@ -60,8 +60,9 @@ def whole_task(out: Path | None, kill_at: int | None = None, resume: bool = Fals
     try:
         return fit(
             small(), blobs(), loss=cross_entropy, epochs=3, batch_size=8, lr=1e-2, optimizer="adamw", warmup=1,
-            weight_decay=1e-2, ema=0.9, seed=5, augment=Augment(crop=1, flip=True), valid=blobs(20), out=out,
-            resume=resume, checkpoint_seconds=0, progress=watch,
+            weight_decay=1e-2, ema=0.9, seed=5, augment=Augment(crop=1, flip=True), valid=blobs(20),
+            keep="valid_accuracy", accumulate=2, precision="bfloat16", out=out, resume=resume,
+            checkpoint_seconds=0, progress=watch,
         )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
