@@ -11,10 +11,9 @@ import hashlib
 import math
 import platform
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +31,11 @@ from robust.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
-from robust.classifier import Classifier, RobustWarning
+from robust.classifier import Classifier
 from robust.digest import write_json
 from robust.errors import DataError, RunError
 from robust.optimise import Average, Optimizer, Schedule, Settings, make_optimizer
-from robust.recipe import Loss, Memory, Plain, Recipe
+from robust.recipe import Loss, Memory, Plain, Recipe, described, warn_of_new_doubts
 from robust.rng import derive
 
 if TYPE_CHECKING:
@@ -192,7 +191,7 @@ class _Training:
         valid: Data | tuple[Tensor, Tensor] | Validation | None,
     ) -> None:
         mean, std = given.mean.flatten().tolist(), given.std.flatten().tolist()
-        self.settings, self.described = settings, _described(loss)
+        self.settings, self.described = settings, described(loss)
         self.recipe = loss if isinstance(loss, Recipe) else Plain(loss)
         self.clf = Learner(given.module, given.bounds, mean, std, given.device, given.name)
         self.module = given.module
@@ -233,7 +232,7 @@ class _Training:
         return {
             **asdict(self.settings),
             "loss": self.described,
-            "augment": _described(self.augment),
+            "augment": described(self.augment),
             "data": f"{tuple(self.x.shape)} sha256:{digest.hexdigest()}",
             "model": type(self.module).__qualname__,
         }
@@ -363,15 +362,10 @@ class _Training:
             with averaged:
                 entry |= self.valid(self.clf) if callable(self.valid) else _accuracy(self.clf, self.valid)
         self.place.history.append(entry | self.probed(epoch))
-        known = self.recipe.doubts(self.place.history[:-1])
-        for doubt in self.recipe.doubts(self.place.history):
-            if doubt not in known:
-                warnings.warn(doubt, RobustWarning, stacklevel=2)
+        warn_of_new_doubts(self.recipe, self.place.history)
 
     def probed(self, epoch: int) -> dict[str, float]:
         """What the recipe measures on its training samples, the same ones after every epoch."""
-        if not self.recipe.probed:
-            return {}
         generator = torch.Generator().manual_seed(derive(self.settings.seed, "probe"))
         rows = torch.randperm(len(self.x), generator=generator)[: self.recipe.probed].to(self.x.device)
         recipe, seed = self.recipe.at(epoch + 1), derive(self.settings.seed, "probe", epoch)
@@ -390,13 +384,6 @@ class _Training:
             seconds=self.place.seconds,
             seconds_left=self.place.seconds / step * (self.steps - step),
         )
-
-
-def _described(part: object) -> Any:
-    """A recipe, loss or augmentation as JSON: its name, and its fields where it is a dataclass."""
-    if is_dataclass(part) and not isinstance(part, type):
-        return {"name": type(part).__qualname__, **asdict(part)}
-    return None if part is None else getattr(part, "__qualname__", type(part).__qualname__)
 
 
 def _accuracy(clf: Classifier, data: Data | tuple[Tensor, Tensor]) -> dict[str, float]:
