@@ -145,8 +145,9 @@ class Attack:
     ) -> Tensor:
         """Adversarial points like x for a step of a training, and nothing else: nobody judges what came out.
 
-        The strongest point that the search saw, which may be weaker than the clean one. In a training that keeps a twin
-        (`robust.learner`) the twin answers, be it in bfloat16, and nobody checks its word.
+        Of gradient steps the last point, as the papers on adversarial training have it; of other methods the strongest
+        that the search saw. In a training that keeps a twin (`robust.learner`) the twin answers, be it in bfloat16, and
+        nobody checks its word.
 
         Args:
             model, x, y, seed, index: as for `run`.

@@ -70,7 +70,7 @@ def run_rule(rule: Rule, trial: Trial, jobs: Jobs) -> None:
     trial whoever answers it has the only word.
     """
     if trial.bare:
-        _Engine(rule, trial, jobs).run()
+        _Engine(rule, trial, jobs, limit=rule.steps - 1 if rule.looks_last else None).run()
         return
     precision, whole = _resolve(rule, trial, jobs), jobs
     if precision == "bfloat16" and rule.scouted and trial.use_twin(torch.bfloat16):
@@ -355,6 +355,10 @@ class _Engine:
             return
         state = self.seats.state
         rows = over.nonzero()[:, 0].to(state["x"].device)
+        if self.trial.bare and self.rule.looks_last:  # nobody looks: the last point it is, as the papers have it
+            self.trial.best[state["row"][rows]] = state["at"][rows]
+            self.seats.leave(over)
+            return
         self.trial.offer(*(state[name][rows] for name in ("row", "best", "hit", "sure", "score")))
         self._sum_up(rows)
         self.seats.leave(over)

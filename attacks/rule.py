@@ -73,6 +73,7 @@ class Rule:
         loss: what it maximises, where it maximises one.
         needs_reference: whether its loss compares with the clean points' logits.
         passes: model passes of a step, about: a gradient counts as three.
+        looks_last: whether the last query only looks at the point that the last step led to, `at`.
         steady: whether every row's `t` grows by one with every step.
         clock: (B,) on the CPU: a steady rule's `t`, without asking the device for it; None where there is none.
         budget: the most points that a job may ask; the engine sees to it. None where `steps` says it all.
@@ -85,6 +86,7 @@ class Rule:
     steps = 1
     passes = 3
     steady = False
+    looks_last = False
     clock: Tensor | None = None
     loss: Loss | None = None
     needs_reference = False

@@ -234,7 +234,7 @@ class Trial:
 
         It is asked once more, except where it has told so already.
         """
-        if self.until == "strongest":
+        if self.until == "strongest" and not self.bare:
             self._recall_clean()
         if self.bare or isinstance(self.model, Oracle):
             return self.best, self.hit

@@ -36,8 +36,12 @@ class Group:
         return self.rank == 0
 
     def share(self, rows: Tensor) -> Tensor:
-        """This process's part of a batch's rows (B,): every `size`-th, so that parts differ by one at most."""
-        return rows[self.rank :: self.size]
+        """This process's part of a batch's rows (B,); parts differ by one at most.
+
+        Batch normalisation needs two samples: of a batch that gives some process less, the last processes have none.
+        """
+        sharers = min(self.size, max(len(rows) // 2, 1))
+        return rows[self.rank :: sharers] if self.rank < sharers else rows[:0]
 
     def same(self, value: Any) -> Any:
         """What the first process has, in all of them."""
@@ -78,7 +82,7 @@ class Group:
             parameter.grad = torch.zeros_like(parameter) if known is None else known * weight
         buffers = [b for b in module.buffers() if b.is_floating_point()]
         for buffer in buffers:
-            buffer.div_(self.size)
+            buffer.mul_(weight)
         loss = torch.tensor([number * weight], device=parameters[0].device)
         self.add([*(p.grad for p in parameters if p.grad is not None), *buffers, loss])
         return float(loss)

@@ -6,13 +6,14 @@ does for a bare loss.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from robust.classifier import Classifier
+from robust.classifier import Classifier, RobustWarning
 from robust.errors import ConfigError
 
 Loss = Callable[[Classifier, Tensor, Tensor, Tensor, int], Tensor]
@@ -90,6 +91,21 @@ class Plain(Recipe):
     def loss(self, clf: Classifier, x: Tensor, y: Tensor, index: Tensor, epoch_seed: int) -> Tensor:
         """See `Loss`."""
         return self.function(clf, x, y, index, epoch_seed)
+
+
+def described(part: object) -> Any:
+    """A recipe, loss or augmentation as JSON: its name, and its fields where it is a dataclass."""
+    if is_dataclass(part) and not isinstance(part, type):
+        return {"name": type(part).__qualname__, **asdict(part)}
+    return None if part is None else getattr(part, "__qualname__", type(part).__qualname__)
+
+
+def warn_of_new_doubts(recipe: Recipe, history: Sequence[Mapping[str, float]]) -> None:
+    """Warns of what the last entry of a history has made doubtful."""
+    known = recipe.doubts(history[:-1])
+    for doubt in recipe.doubts(history):
+        if doubt not in known:
+            warnings.warn(doubt, RobustWarning, stacklevel=3)
 
 
 def require(name: str, value: object, good: bool, right: str) -> None:

@@ -35,7 +35,7 @@ from robust.errors import ConfigError, DataError, RunError
 from robust.learner import Learner
 from robust.optimise import Average, Settings, load_state_tensors, make_optimizer, state_tensors
 from robust.parallel import Group
-from robust.recipe import Loss, Memory, Plain, Recipe
+from robust.recipe import Loss, Memory, Plain, Recipe, described, warn_of_new_doubts
 from robust.rng import derive
 from robust.samples import accuracy, in_box
 
@@ -112,7 +112,7 @@ class Training:
         watch: Watch = Watch(),
         group: Group = Group(),  # noqa: B008  frozen
     ) -> None:
-        self.settings, self.described = settings, _described(loss)
+        self.settings, self.described = settings, described(loss)
         self.recipe = loss if isinstance(loss, Recipe) else Plain(loss)
         self.clf = Learner(given, settings.precision, settings.compiled)
         self.module = given.module
@@ -123,9 +123,8 @@ class Training:
             self.module.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(settings, self.module)
         self.average = Average(self.module, settings.ema) if settings.ema is not None else None
-        # A last batch that leaves someone a single sample joins the one before it: batch normalisation needs two.
-        least, rest = 2 * group.size, len(x) % settings.batch_size
-        alone = len(x) > settings.batch_size and 0 < rest < least
+        # A last batch of one sample joins the one before it: batch normalisation cannot be trained on one.
+        alone = len(x) > settings.batch_size and len(x) % settings.batch_size == 1
         self.repeats = self.recipe.repeats
         self.per_epoch = (math.ceil(len(x) / settings.batch_size) - alone) * self.repeats
         self.place = Place()
@@ -155,7 +154,7 @@ class Training:
         return {
             **asdict(self.settings),
             "loss": self.described,
-            "augment": _described(self.augment),
+            "augment": described(self.augment),
             "keep": self.watch.keep,
             "data": f"{tuple(self.x.shape)} sha256:{digest.hexdigest()}",
             "model": type(self.module).__qualname__,
@@ -300,10 +299,10 @@ class Training:
             if self.augment is not None:
                 x = self.augment(x, part, epoch_seed)
             value, memory = recipe.step(self.clf, x, y, part, epoch_seed, self.memory)
-            if memory and self.group.size > 1:
+            if memory and (parts > 1 or self.group.size > 1):
                 raise ConfigError(
-                    f"{type(recipe).__name__} remembers its last step, which one process cannot for "
-                    f"{self.group.size}; train it in one process"
+                    f"{type(recipe).__name__} remembers its last step sample by sample, and a batch comes in parts; "
+                    "train it in one process, without accumulate"
                 )
             weight = len(part) / len(rows)
             total += float(value.detach()) * weight
@@ -327,15 +326,10 @@ class Training:
         if self.watch.keep is not None and self.watch.best(self.place.history) == epoch:
             state = self.module.state_dict() if self.average is None else self.average.state
             self.kept = {name: value.detach().clone() for name, value in state.items()}
-        known = self.recipe.doubts(self.place.history[:-1])
-        for doubt in self.recipe.doubts(self.place.history):
-            if doubt not in known:
-                warnings.warn(doubt, RobustWarning, stacklevel=2)
+        warn_of_new_doubts(self.recipe, self.place.history)
 
     def probed(self, epoch: int) -> dict[str, float]:
         """What the recipe measures on its training samples, the same ones after every epoch."""
-        if not self.recipe.probed:
-            return {}
         generator = torch.Generator().manual_seed(derive(self.settings.seed, "probe"))
         rows = torch.randperm(len(self.x), generator=generator)[: self.recipe.probed].to(self.x.device)
         recipe, seed = self.recipe.at(epoch + 1), derive(self.settings.seed, "probe", epoch)
@@ -354,10 +348,3 @@ class Training:
             seconds=self.place.seconds,
             seconds_left=self.place.seconds / step * (self.steps - step),
         )
-
-
-def _described(part: object) -> Any:
-    """A recipe, loss or augmentation as JSON: its name, and its fields where it is a dataclass."""
-    if is_dataclass(part) and not isinstance(part, type):
-        return {"name": type(part).__qualname__, **asdict(part)}
-    return None if part is None else getattr(part, "__qualname__", type(part).__qualname__)

@@ -37,7 +37,7 @@ class Schedule:
 class GradientSteps(Rule):
     """x ← Π(x + α · steepest(g)); the last point is checked too."""
 
-    scouted = steady = True
+    scouted = steady = looks_last = True
 
     def __init__(self, setting: Setting, schedule: Schedule, loss: Loss, reference: bool = False) -> None:
         super().__init__(setting)

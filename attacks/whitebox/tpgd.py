@@ -33,16 +33,19 @@ class DivergenceSteps(NearStart):
     It is asked in the batch that the other points are asked in: so close to the clean point the divergence sees the
     rounding that another batch brings. The divergence rises on both sides of the clean point, by the same to second
     order; the side of the first step is the one on which y loses. The noise is as likely on either side.
+
+    Where `known`, as in trainings, p(clean) is what the trial says, and that query is spared.
     """
 
-    def __init__(self, setting: Setting, schedule: Schedule) -> None:
+    def __init__(self, setting: Setting, schedule: Schedule, known: bool = False) -> None:
         super().__init__(setting, schedule, kl, reference=True)
-        self.steps = schedule.steps + 2
+        self.first = 0 if known else 1
+        self.steps = schedule.steps + 1 + self.first
 
     def start(self, state: State) -> State:
         """The clean point; the noisy one comes next."""
         own = super().start(state)
-        return {**own, "at": state["x"].clone(), "near": own["at"]}
+        return {**own, "at": state["x"].clone(), "near": own["at"]} if self.first else own
 
     def step(self, state: State, answer: Answer) -> State:
         """To the noisy point, then projected steps of the rows that have steps left."""
@@ -50,14 +53,16 @@ class DivergenceSteps(NearStart):
         changed: State = {"t": t + 1}
         if answer.gradient is None:
             return changed
-        reference = choose(t == 0, answer.scores, state["reference"])
-        mirror = (t == 1) & (margin(answer.scores, y) < margin(reference, y))
+        reference = choose(t < self.first, answer.scores, state["reference"])
+        mirror = (t == self.first) & (margin(answer.scores, y) < margin(reference, y))
         origin = choose(mirror, 2 * x - at, at)
         gradient = choose(mirror, -answer.gradient, answer.gradient)
         ball, bounds = self.setting.ball(state), self.setting.bounds
         moved = ball.step(origin, gradient, self._size(state), x, bounds)
-        moved = choose(t <= self.schedule.steps, moved, at)
-        return {**changed, "at": choose(t == 0, state["near"], moved), "reference": reference}
+        moved = choose(t < self.first + self.schedule.steps, moved, at)
+        if self.first:
+            moved = choose(t == 0, state["near"], moved)
+        return {**changed, "at": moved, "reference": reference}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,7 @@ class TPGD(Walk):
         """See `Walk.rule`."""
         if trial.targets is not None:
             return NearStart(setting_of(trial), self.schedule(), cross_entropy)
-        return DivergenceSteps(setting_of(trial), self.schedule())
+        return DivergenceSteps(setting_of(trial), self.schedule(), known=trial.bare)
 
     @classmethod
     def passes(cls, **chosen: Any) -> float:

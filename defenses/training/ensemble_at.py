@@ -45,7 +45,10 @@ class EnsembleAT(FGSMAT):
 
     def static(self, clf: Classifier) -> list[Classifier]:
         """The static models, on the device and in the box of the one in training; loaded once."""
-        return [_load(name, str(clf.device), clf.bounds) for name in self.names]
+        try:
+            return [_load(name, str(clf.device), clf.bounds) for name in self.names]
+        except RobustError as error:
+            raise ModelError(f"models: {error}; with weights write MODEL@FILE") from None
 
     def check(self, clf: Classifier, x: Tensor) -> None:
         """Refuses static models that cannot stand beside this one: other inputs, classes or box."""

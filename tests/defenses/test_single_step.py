@@ -147,6 +147,18 @@ def test_static_models_of_another_task_are_refused() -> None:
         fit(small.network(), small.digits(), loss=PGDAT(eps=8), epochs=1)
 
 
+def test_a_static_model_that_cannot_be_had_is_one_line_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--recipe", "ensemble-at", "--eps", "0.1", "--out", str(tmp_path / "run")]
+    for model in ("zoo:digit", "zoo:lenet5"):
+        assert run([*command, "--set", f"models={model}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: models: ")
+        assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 # -- collapse -----------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust.attacks import PGD
+from robust.attacks import PGD, get
 from robust.classifier import Classifier, RobustWarning
 from robust.data import load_data
 from robust.errors import ConfigError, RunError
@@ -51,36 +51,44 @@ def test_a_compiled_twin_follows_too() -> None:
     clf = Learner(small(), "float32", compiled=True)
     attack = PGD(threat=Linf(0.1), steps=3)
     index = torch.arange(16)
-    attack.points(clf, x, y, seed=1, index=index)
+    with clf.session():
+        attack.points(clf, x, y, seed=1, index=index)
     stepped(clf, x, y)
-    found = attack.points(clf, x, y, seed=1, index=index)
+    with clf.session():
+        found = attack.points(clf, x, y, seed=1, index=index)
     twin = clf.twins["training"][1]
     assert any(program is not None for program in twin.programs.values())
     plain = Learner(small())
     plain.module.load_state_dict(clf.module.state_dict())
-    torch.testing.assert_close(found, attack.points(plain, x, y, seed=1, index=index), rtol=0, atol=1e-5)
+    with plain.session():
+        expected = attack.points(plain, x, y, seed=1, index=index)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_points_are_the_attacks_own_where_it_looks_at_no_clean_point() -> None:
+def test_points_are_where_the_last_step_of_an_independent_pgd_leads() -> None:
     x, y = blobs()
     clf = Learner(small())
-    attack = PGD(threat=Linf(0.1), steps=5)
-    points = attack.points(clf, x, y, seed=3, index=torch.arange(len(x)))
-    assert bool(attack.threat.inside(points, x, clf.bounds).all())
-    whole = attack(Classifier(small().eval()), x, y, seed=3, precision="original")
-    torch.testing.assert_close(points, whole, rtol=0, atol=1e-5)
+    attack = PGD(threat=Linf(0.1), steps=5, step_size=0.04, random_start=False)
+    with clf.session():
+        found = attack.points(clf, x, y, seed=3, index=torch.arange(len(x)))
+    plain, points = small().eval(), x.clone()
+    for _ in range(5):
+        points.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(plain(points), y, reduction="sum"), points)
+        points = (points.detach() + 0.04 * gradient.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
+    torch.testing.assert_close(found, points, rtol=0, atol=1e-6)
 
 
-def test_points_cost_a_gradient_a_step_and_one_look_at_the_last_point() -> None:
+@pytest.mark.parametrize(("name", "forwards"), [("pgd", 5), ("tpgd", 6)])
+def test_points_cost_a_gradient_a_step_and_nothing_to_look_at_them(name: str, forwards: int) -> None:
     x, y = blobs(16)
     clf = Learner(small())
-    clf.training_twin(x)
-    clf.check(x)
-    attack = PGD(threat=Linf(0.1), steps=5)
-    attack.points(clf, x, y, seed=0, index=torch.arange(16))
-    before = clf.cost.forwards, clf.cost.backwards
-    attack.points(clf, x, y, seed=0, index=torch.arange(16))
-    assert clf.cost.forwards - before[0] == 6 * 16
+    attack = get(name)(threat=Linf(0.1), steps=5)
+    with clf.session():
+        attack.points(clf, x, y, seed=0, index=torch.arange(16))  # makes the twin
+        before = clf.cost.forwards, clf.cost.backwards
+        attack.points(clf, x, y, seed=0, index=torch.arange(16))
+    assert clf.cost.forwards - before[0] == forwards * 16, "TRADES' search needs the clean points' logits, too"
     assert clf.cost.backwards - before[1] == 5 * 16
 
 
@@ -92,7 +100,8 @@ def test_a_model_that_cannot_be_copied_is_asked_itself() -> None:
     x, y = blobs()
     clf = Learner(Locked(nn.Flatten(), nn.Linear(36, 2)))
     with pytest.warns(RobustWarning, match=r"no twin speeds the inner attacks up \(.*locked"):
-        points = PGD(threat=Linf(0.1), steps=3).points(clf, x, y, seed=0, index=torch.arange(len(x)))
+        with clf.session():
+            points = PGD(threat=Linf(0.1), steps=3).points(clf, x, y, seed=0, index=torch.arange(len(x)))
     assert float((points - x).abs().max()) == pytest.approx(0.1, abs=1e-6)
 
 

@@ -100,3 +100,6 @@ def test_shares_are_even_and_whole(size: int) -> None:
     shares = [Group(rank, size).share(rows) for rank in range(size)]
     assert sorted(torch.cat(shares).tolist()) == list(range(40))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    few = [Group(rank, size).share(rows[:5]) for rank in range(size)]
+    assert sorted(torch.cat(few).tolist()) == sorted(rows[:5].tolist())
+    assert all(len(share) != 1 for share in few)
