@@ -355,7 +355,9 @@ class _Engine:
             return
         state = self.seats.state
         rows = over.nonzero()[:, 0].to(state["x"].device)
-        if self.trial.bare and self.rule.looks_last:  # nobody looks: the last point it is, as the papers have it
+        if (
+            self.trial.bare and self.rule.looks_last
+        ):  # nobody looks: the last point it is, as the papers have it
             self.trial.best[state["row"][rows]] = state["at"][rows]
             self.seats.leave(over)
             return

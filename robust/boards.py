@@ -27,7 +27,7 @@ class Board:
             raise RunError(
                 "tensorboard is not installed; pip install 'robust-toolkit[tensorboard]'"
             ) from None
-        self.writer: Any = SummaryWriter(str(folder), purge_step=step)  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(folder), purge_step=step)
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
         """Scalars at a step; they are on the disk afterwards."""

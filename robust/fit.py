@@ -6,3 +6,119 @@ bits as one that was not.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from robust.checkpoint import prepare_folder
+from robust.classifier import Classifier
+from robust.errors import RunError
+from robust.optimise import Optimizer, Schedule, Settings
+from robust.parallel import join_group
+from robust.recipe import Loss, Recipe
+from robust.samples import load_samples
+from robust.trainer import Augmentation, Progress, Training, Validation, Watch
+
+if TYPE_CHECKING:
+    from robust.data import Data
+
+
+@dataclass
+class FitResult:
+    """A finished training.
+
+    Attributes:
+        classifier: the trained classifier (the given module, trained in place).
+        history: one entry per epoch: epoch, loss, lr, and what `valid` measured.
+        seconds: time spent, over all interruptions.
+        settings: what the loop was told.
+        record: what `train.json` says: settings, data, history, versions.
+        out: the run folder, if any.
+    """
+
+    classifier: Classifier
+    history: list[dict[str, float]]
+    seconds: float
+    settings: Settings
+    record: dict[str, Any]
+    out: Path | None
+
+
+def fit(
+    model: nn.Module | Classifier,
+    data: Data | tuple[Tensor, Tensor],
+    *,
+    loss: Loss | Recipe,
+    epochs: int,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    optimizer: Optimizer = "adam",
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    schedule: Schedule = "cosine",
+    warmup: float = 0.0,
+    cycles: int = 1,
+    milestones: tuple[float, ...] = (0.5, 0.75),
+    gamma: float = 0.1,
+    ema: float | None = None,
+    seed: int = 0,
+    channels_last: bool = False,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    compiled: bool = False,
+    accumulate: int = 1,
+    augment: Augmentation | None = None,
+    device: str | torch.device | None = None,
+    valid: Data | tuple[Tensor, Tensor] | Validation | None = None,
+    keep: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 30.0,
+    progress: Callable[[Progress], None] | None = None,
+    tensorboard: bool = False,
+    record: Mapping[str, Any] | None = None,
+) -> FitResult:
+    """Train `model` in place on `data` for `loss`; see `robust.optimise.Settings` for the numbers of the walk.
+
+    Started by ``torchrun --nproc-per-node K -m robust train …``, or any script that calls `fit`, K processes share
+    each batch; the first one writes.
+
+    Args:
+        model: a module that returns logits, or a `Classifier` (which knows box and normalisation).
+        data: a `Data`, or (x, y): x (N, C, H, W) in the box, or uint8 for [0, 1]; y (N,) labels.
+        loss: a recipe, or any callable ``loss(clf, x, y, index, epoch_seed)``.
+        augment: ``augment(x, index, epoch_seed)``, for example `robust.augment.Augment(crop=4, flip=True)`.
+        device: where a bare module is trained; a `Classifier` has its own.
+        valid: held-out data, whose accuracy goes into the history, or a callable that measures the classifier.
+        keep: the number of `valid` whose largest value decides from which epoch the weights are kept, the first of
+            equals; None for the last epoch. Adversarial training overfits: robust accuracy on held-out data may fall
+            while the loss still does (Rice et al. 2020, arXiv:2002.11569).
+        out: run folder: `model.safetensors` and `train.json` at the end, a checkpoint from time to time.
+        resume: continue from the checkpoint in `out`; a folder without one is started in.
+        checkpoint_seconds: time between two checkpoints.
+        progress: called after every step.
+        tensorboard: write the history as scalars to `out`/tensorboard, too.
+        record: what `train.json` should say besides, for example the configuration of the run.
+
+    Raises:
+        RunError: the loss became NaN or infinite, or `out` cannot be written or resumed.
+    """
+    settings = Settings(
+        epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup, cycles,
+        tuple(milestones), gamma, ema, seed, channels_last, precision, compiled, accumulate,
+    )  # fmt: skip
+    given = model if isinstance(model, Classifier) else Classifier(model, device=device)
+    x, y = load_samples(data)
+    group = join_group()
+    training = Training(given, x, y, settings, loss, augment, Watch(valid, keep), group)
+    if tensorboard and out is None:
+        raise RunError("tensorboard=True has nowhere to write to; give out, the run folder")
+    folder = None if out is None else prepare_folder(out, resume or not group.writes)
+    training.run(folder, checkpoint_seconds, progress, tensorboard)
+    summary = training.summary(folder, record or {})
+    place = training.place
+    return FitResult(given, place.history, place.seconds, settings, summary, folder)

@@ -63,7 +63,7 @@ def _fused_weights(module: nn.Module, layer: str, norm: str) -> tuple[Tensor, Te
     first, second = module.get_submodule(layer), module.get_submodule(norm)
     fuse = fuse_linear_bn_weights if isinstance(first, nn.Linear) else fuse_conv_bn_weights
     rest = (second.running_mean, second.running_var, second.eps, second.weight, second.bias)
-    return fuse(first.weight, first.bias, *rest)  # type: ignore[arg-type, return-value]
+    return fuse(first.weight, first.bias, *rest)  # type: ignore[arg-type]
 
 
 def _calls(traced: fx.GraphModule, node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> bool:

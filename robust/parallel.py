@@ -85,6 +85,9 @@ class Group:
             buffer.mul_(weight)
         loss = torch.tensor([number * weight], device=parameters[0].device)
         self.add([*(p.grad for p in parameters if p.grad is not None), *buffers, loss])
+        for buffer in module.buffers():  # counters: a process that had no rows has not counted
+            if not buffer.is_floating_point():
+                dist.broadcast(buffer, src=0)
         return float(loss)
 
 

@@ -6,10 +6,9 @@ import hashlib
 import math
 import platform
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from robust.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
-from robust.classifier import Classifier, RobustWarning
+from robust.classifier import Classifier
 from robust.digest import write_json
 from robust.errors import ConfigError, DataError, RunError
 from robust.learner import Learner

@@ -13,9 +13,10 @@ from robust.attacks.transfer.pairs import Pairs
 from robust.augment import Augment
 from robust.classifier import Classifier
 from robust.errors import RobustError
-from robust.fit import fit, load_samples
+from robust.fit import fit
 from robust.models import load_classifier
 from robust.rng import derive
+from robust.samples import load_samples
 from robust.threat import Bounds
 from robust.zoo.convnet import ConvNet
 

@@ -47,10 +47,10 @@ def test_the_twin_follows_every_step(precision: Arithmetic) -> None:
 
 
 def test_a_compiled_twin_follows_too() -> None:
-    x, y = blobs(16)
+    x, y = blobs(128)
     clf = Learner(small(), "float32", compiled=True)
     attack = PGD(threat=Linf(0.1), steps=3)
-    index = torch.arange(16)
+    index = torch.arange(128)
     with clf.session():
         attack.points(clf, x, y, seed=1, index=index)
     stepped(clf, x, y)
@@ -88,7 +88,9 @@ def test_points_cost_a_gradient_a_step_and_nothing_to_look_at_them(name: str, fo
         attack.points(clf, x, y, seed=0, index=torch.arange(16))  # makes the twin
         before = clf.cost.forwards, clf.cost.backwards
         attack.points(clf, x, y, seed=0, index=torch.arange(16))
-    assert clf.cost.forwards - before[0] == forwards * 16, "TRADES' search needs the clean points' logits, too"
+    assert clf.cost.forwards - before[0] == forwards * 16, (
+        "TRADES' search needs the clean points' logits, too"
+    )
     assert clf.cost.backwards - before[1] == 5 * 16
 
 
@@ -99,9 +101,8 @@ def test_a_model_that_cannot_be_copied_is_asked_itself() -> None:
 
     x, y = blobs()
     clf = Learner(Locked(nn.Flatten(), nn.Linear(36, 2)))
-    with pytest.warns(RobustWarning, match=r"no twin speeds the inner attacks up \(.*locked"):
-        with clf.session():
-            points = PGD(threat=Linf(0.1), steps=3).points(clf, x, y, seed=0, index=torch.arange(len(x)))
+    with pytest.warns(RobustWarning, match=r"no twin speeds the inner attacks up \(.*locked"), clf.session():
+        points = PGD(threat=Linf(0.1), steps=3).points(clf, x, y, seed=0, index=torch.arange(len(x)))
     assert float((points - x).abs().max()) == pytest.approx(0.1, abs=1e-6)
 
 
