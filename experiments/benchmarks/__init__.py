@@ -11,6 +11,7 @@ REGISTRY = Registry(
         "engine": "robust.experiments.benchmarks.engine:Engine",
         "kernels": "robust.experiments.benchmarks.kernels:Kernels",
         "catalogue": "robust.experiments.benchmarks.catalogue:Catalogue",
+        "training": "robust.experiments.benchmarks.training:TrainingStep",
     },
 )
 get = REGISTRY.load
