@@ -84,8 +84,7 @@ def fit(
 ) -> FitResult:
     """Train `model` in place on `data` for `loss`; see `robust.optimise.Settings` for the numbers of the walk.
 
-    Started by ``torchrun --nproc-per-node K -m robust train …``, or any script that calls `fit`, K processes share
-    each batch; the first one writes.
+    The processes of a ``torchrun`` share each batch; the first one writes.
 
     Args:
         model: a module that returns logits, or a `Classifier` (which knows box and normalisation).
@@ -94,14 +93,13 @@ def fit(
         augment: ``augment(x, index, epoch_seed)``, for example `robust.augment.Augment(crop=4, flip=True)`.
         device: where a bare module is trained; a `Classifier` has its own.
         valid: held-out data, whose accuracy goes into the history, or a callable that measures the classifier.
-        keep: the number of `valid` whose largest value decides from which epoch the weights are kept, the first of
-            equals; None for the last epoch. Adversarial training overfits: robust accuracy on held-out data may fall
-            while the loss still does (Rice et al. 2020, arXiv:2002.11569).
+        keep: the number of `valid` that decides from which epoch the weights are kept, None for the last: adversarial
+            training overfits (Rice et al. 2020, arXiv:2002.11569).
         out: run folder: `model.safetensors` and `train.json` at the end, a checkpoint from time to time.
         resume: continue from the checkpoint in `out`; a folder without one is started in.
         checkpoint_seconds: time between two checkpoints.
         progress: called after every step.
-        tensorboard: write the history as scalars to `out`/tensorboard, too.
+        tensorboard: write the history as scalars to `out`/tensorboard.
         record: what `train.json` should say besides, for example the configuration of the run.
 
     Raises:
@@ -112,13 +110,11 @@ def fit(
         tuple(milestones), gamma, ema, seed, channels_last, precision, compiled, accumulate,
     )  # fmt: skip
     given = model if isinstance(model, Classifier) else Classifier(model, device=device)
-    x, y = load_samples(data)
     group = join_group()
-    training = Training(given, x, y, settings, loss, augment, Watch(valid, keep), group)
+    training = Training(given, *load_samples(data), settings, loss, augment, Watch(valid, keep), group)
     if tensorboard and out is None:
         raise RunError("tensorboard=True has nowhere to write to; give out, the run folder")
     folder = None if out is None else prepare_folder(out, resume or not group.writes)
     training.run(folder, checkpoint_seconds, progress, tensorboard)
-    summary = training.summary(folder, record or {})
-    place = training.place
-    return FitResult(given, place.history, place.seconds, settings, summary, folder)
+    found, place = training.summary(folder, record or {}), training.place
+    return FitResult(given, place.history, place.seconds, settings, found, folder)
