@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robust.checkpoint import prepare_folder
 from robust.classifier import Classifier
 from robust.errors import RunError
-from robust.optimise import Optimizer, Schedule, Settings
+from robust.optimise import Settings, make_settings
 from robust.parallel import join_group
 from robust.recipe import Loss, Recipe
 from robust.samples import load_samples
@@ -54,23 +54,6 @@ def fit(
     data: Data | tuple[Tensor, Tensor],
     *,
     loss: Loss | Recipe,
-    epochs: int,
-    batch_size: int = 128,
-    lr: float = 1e-3,
-    optimizer: Optimizer = "adam",
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    schedule: Schedule = "cosine",
-    warmup: float = 0.0,
-    cycles: int = 1,
-    milestones: tuple[float, ...] = (0.5, 0.75),
-    gamma: float = 0.1,
-    ema: float | None = None,
-    seed: int = 0,
-    channels_last: bool = False,
-    precision: Literal["float32", "bfloat16"] = "float32",
-    compiled: bool = False,
-    accumulate: int = 1,
     augment: Augmentation | None = None,
     device: str | torch.device | None = None,
     valid: Data | tuple[Tensor, Tensor] | Validation | None = None,
@@ -81,8 +64,9 @@ def fit(
     progress: Callable[[Progress], None] | None = None,
     tensorboard: bool = False,
     record: Mapping[str, Any] | None = None,
+    **walk: Any,
 ) -> FitResult:
-    """Train `model` in place on `data` for `loss`; see `robust.optimise.Settings` for the numbers of the walk.
+    """Train `model` in place on `data` for `loss`, by default with Adam, 128 samples a step.
 
     The processes of a ``torchrun`` share each batch; the first one writes.
 
@@ -101,14 +85,14 @@ def fit(
         progress: called after every step.
         tensorboard: write the history as scalars to `out`/tensorboard.
         record: what `train.json` should say besides, for example the configuration of the run.
+        walk: the fields of `robust.optimise.Settings`: `epochs`, which must be given, `batch_size`, `lr`, `optimizer`,
+            `schedule`, `ema`, `seed`, `precision`, …
 
     Raises:
+        ConfigError: a field of the walk is unknown, or its value makes no sense.
         RunError: the loss became NaN or infinite, or `out` cannot be written or resumed.
     """
-    settings = Settings(
-        epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup, cycles,
-        tuple(milestones), gamma, ema, seed, channels_last, precision, compiled, accumulate,
-    )  # fmt: skip
+    settings = make_settings(walk)
     given = model if isinstance(model, Classifier) else Classifier(model, device=device)
     group = join_group()
     training = Training(given, *load_samples(data), settings, loss, augment, Watch(valid, keep), group)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from robust.errors import ConfigError
+from robust.registry import unknown
 
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "cosine", "linear", "piecewise"]
@@ -98,6 +99,23 @@ class Settings:
         if self.schedule == "piecewise":
             return self.lr * self.gamma ** sum(done >= m for m in self.milestones)
         return self.lr
+
+
+def make_settings(walk: Mapping[str, Any]) -> Settings:
+    """The settings that fields by name make.
+
+    Raises:
+        ConfigError: a field is unknown, `epochs` is missing, or a value makes no sense.
+    """
+    known = [item.name for item in fields(Settings)]
+    for name in walk:
+        if name not in known:
+            raise ConfigError(unknown("setting", name, known))
+    if "epochs" not in walk:
+        raise ConfigError(
+            "epochs is missing: say how many passes over the data to take, for example epochs=10"
+        )
+    return Settings(**{**walk, "milestones": tuple(walk.get("milestones", Settings.milestones))})
 
 
 def _require(name: str, value: object, good: bool, right: str) -> None:

@@ -165,7 +165,7 @@ class _Task:
                     at = x.detach().requires_grad_(True)
                     torch.autograd.grad(F.cross_entropy(twin(at), y, reduction="sum"), at)
                 clf.module.zero_grad(set_to_none=True)
-                F.cross_entropy(clf(x), y).backward()  # type: ignore[no-untyped-call]
+                F.cross_entropy(clf(x), y).backward()
 
         return call
 
@@ -196,7 +196,7 @@ class _Task:
                 at = self.descend(module, x, y)
                 module.train()
                 optimizer.zero_grad()
-                F.cross_entropy(module(at), y).backward()  # type: ignore[no-untyped-call]
+                F.cross_entropy(module(at), y).backward()
                 optimizer.step()
 
         return call

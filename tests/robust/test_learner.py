@@ -26,7 +26,7 @@ def stepped(clf: Learner, x: Tensor, y: Tensor, rate: float = 0.5) -> None:
     """One optimizer step in training mode, which moves weights and running statistics."""
     optimizer = torch.optim.SGD(clf.module.parameters(), rate, momentum=0.9)
     clf.module.train()
-    F.cross_entropy(clf(x), y).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(clf(x), y).backward()
     optimizer.step()
 
 
@@ -212,3 +212,10 @@ def test_held_out_samples_are_not_trained_on(tmp_path: Path) -> None:
 def test_what_cannot_be_trained_with_is_one_line(fields: dict[str, object], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         Settings(epochs=1, **fields)  # type: ignore[arg-type]
+
+
+def test_a_setting_that_does_not_exist_is_one_line_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="weight_decay"):
+        fit(linear(), blobs(), loss=cross_entropy, epochs=1, weight_decy=0.1)
+    with pytest.raises(ConfigError, match="epochs is missing"):
+        fit(linear(), blobs(), loss=cross_entropy)
