@@ -24,7 +24,7 @@ from robust.experiments.benchmarks.harness import conditions
 from robust.experiments.verdicts.reference import add_subject, subject_model
 from robust.threat import Linf
 
-SUITES = ("pgd", "standard", "full")
+SUITES = ("pgd", "decision", "standard", "full")
 
 
 class Rounds(nn.Module):

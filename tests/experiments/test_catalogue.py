@@ -189,6 +189,7 @@ def test_a_record_names_its_conditions(path: Path) -> None:
         plain, *hidden = record["masks"].values()
         assert all(found["full"]["robust_accuracy"] < found["pgd"]["robust_accuracy"] for found in hidden)
         assert all(found["pgd"]["warnings"] for found in hidden)
+        assert all(found["decision"]["robust_accuracy"] < found["pgd"]["robust_accuracy"] for found in hidden)
         assert plain["full"]["robust_accuracy"] <= plain["pgd"]["robust_accuracy"]
     else:
         named = {name for panel in record["panels"] for name in panel["curves"]}
