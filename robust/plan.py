@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from robust import __version__
+from robust.adaptive import adapted, kinds
 from robust.classifier import Classifier
 from robust.decide import BATCH, DRAWS
 from robust.digest import data_digest, model_digest, sample_digest
@@ -79,6 +80,10 @@ class Plan:
         attacks = [f"{number}/{eps!r}/{k}" for eps in self.radii for k in range(len(self.stages))]
         return [f"{number}/clean", *attacks]
 
+    def beside(self, number: int) -> dict[str, str]:
+        """A defended model's further journal keys of a chunk, and the attacks of `robust.adaptive` that they hold."""
+        return {f"{number}/{kind}": kind for kind in kinds(self.model)}
+
     def describe(self) -> dict[str, Any]:
         """What `--resume` compares."""
         asked = {"answers": self.model.answers} if isinstance(self.model, Oracle) else {}
@@ -131,6 +136,7 @@ def make_plan(
         raise RobustError(f"chunk={chunk} holds no sample; give at least 1")
     threats = _ascending(threat)
     name, planned = stages(suite, threats[0].norm, isinstance(model, Oracle))
+    planned = adapted(name, planned, model)
     x, y = source.batch(range(min(_FIRST, len(source))))
     if x.dim() != 4:
         raise DataError(
