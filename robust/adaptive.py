@@ -101,6 +101,4 @@ def run_unaware(
     attack = room("attacks").load(ATTACK)(threat=threat, until=until, steps=STEPS)
     with nullcontext() if replay else model.unaware():
         victim = model.undefended if replay else model
-        return attack.run(
-            victim, x, y, seed=seed, index=index, precision=precision if replay else "original"
-        )
+        return attack.run(victim, x, y, seed=seed, index=index, precision=precision if replay else "original")

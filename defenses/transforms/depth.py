@@ -32,4 +32,5 @@ class BitDepth(Defense):
         """See `Defense.transform`."""
         low, high = bounds
         step = (high - low) / (2**self.bits - 1)
-        return (((x.clamp(low, high) - low) / step).round() * step + low).clamp(low, high)
+        levels = ((x.clamp(low, high) - low) / step).round()
+        return (levels * step + low).clamp(low, high)

@@ -83,9 +83,7 @@ class JPEG(Defense):
         padded = F.pad(planes, (0, -width % 8, 0, -height % 8), mode="replicate") - 128
         blocks = padded.unfold(2, 8, 8).unfold(3, 8, 8)  # (N, C, rows, columns, 8, 8)
         matrix = torch.tensor(_dct(), dtype=planes.dtype, device=planes.device)
-        table = torch.tensor(
-            _scaled(base, self.quality), dtype=planes.dtype, device=planes.device
-        ).view(8, 8)
+        table = torch.tensor(_scaled(base, self.quality), dtype=planes.dtype, device=planes.device).view(8, 8)
         codes = rounded(matrix @ blocks @ matrix.T / table)
         pixels = matrix.T @ (codes * table) @ matrix
         whole = pixels.transpose(3, 4).reshape(padded.shape)[:, :, :height, :width]

@@ -79,9 +79,16 @@ def _row(registry: Registry, name: str) -> dict[str, Any]:
         row["norms"] = list(item.norms)
     if hasattr(item, "knowledge"):
         row["knowledge"] = item.knowledge
+    if hasattr(item, "attacked_by"):
+        row |= {"kind": item.kind, "attacked by": item.attacked_by(), "paper": _papers(row["card"])}
     if hasattr(item, "passes"):
-        row |= {"paper": ", ".join(_PAPER.findall(row["card"])), "cost": _cost_class(item.passes())}
+        row |= {"paper": _papers(row["card"]), "cost": _cost_class(item.passes())}
     return row
+
+
+def _papers(line: str) -> str:
+    """The papers that a card names."""
+    return ", ".join(_PAPER.findall(line))
 
 
 def _cost_class(passes: float) -> str:

@@ -128,6 +128,7 @@ def _subject(verdict: Verdict, here: dict[str, Any]) -> options.Subject:
         "answers",
         "classes",
         "endpoint",
+        "defense",
     )
     chosen = {**{name: given[name] for name in names}, **here, "n": len(verdict)}
     if "model" in here:  # which need not be deployed as the other one was
