@@ -15,6 +15,7 @@ from robust import __version__
 from robust.adaptive import adapted, kinds
 from robust.classifier import Classifier
 from robust.decide import BATCH, DRAWS
+from robust.defense import Defended
 from robust.digest import data_digest, model_digest, sample_digest
 from robust.errors import DataError, RobustError, ThreatError
 from robust.oracle import Oracle
@@ -145,6 +146,8 @@ def make_plan(
     check_samples(x, y, model.bounds)
     if isinstance(model, Classifier):
         model.check(x)
+        if isinstance(model, Defended):  # before costs are booked
+            model.undefended.check(x)
     elif model.answers == "labels" and model.known_classes is None:
         raise RobustError(
             "an oracle that gives labels does not say how many classes there are; pass classes="

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from robust.adaptive import KINDS
+from robust.adaptive import KINDS, declared_kinds
 from robust.classifier import Classifier
 from robust.decide import BATCH, Decision, outcome
 from robust.defense import describe
@@ -112,6 +112,9 @@ def _check_pages(verdict: Verdict, path: Path) -> None:
                 same = clean or (record["broken_by"], record["eps"]) == (commit["attack"], commit["eps"])
             if not same:
                 raise VerificationError(f"sample {record['i']} stands in the group of another attack or eps")
+    declared = {KINDS[kind] for kind in declared_kinds(manifest.get("defenses", []))}
+    if declared != {commit["attack"] for commit in pages.commits} & set(KINDS.values()):
+        raise VerificationError(f"{SAMPLES} does not hold the non-adaptive attacks that the defences ask for")
     apart = ("clean", PREPARED, *KINDS.values())
     attacks = [commit for commit in pages.commits if commit["attack"] not in apart]
     if manifest["threat"]["eps"] != sorted({commit["eps"] for commit in attacks}):

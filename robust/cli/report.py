@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robust.cli import options
+from robust.cli import options, settings
 from robust.errors import RunError, VerificationError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def render_report(
     weights: options.Weights = None,
     device: options.Device = None,
     data_root: options.DataRoot = None,
+    defense: settings.Defenses = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a run's report again, or verify its evidence; model and data are those of the run's own command."""
@@ -40,6 +41,7 @@ def render_report(
     _check_files(run, with_report=verify)
     verdict = Verdict.load(run)
     here = {"model": model, "data": data, "weights": weights, "device": device, "data_root": data_root}
+    here["defense"] = defense or None
     subject = _subject(verdict, {name: value for name, value in here.items() if value is not None})
     found = _verify(verdict, subject) if verify else _render(verdict, subject)
     if as_json:
