@@ -2,7 +2,8 @@
 
     python -m robust.experiments.defenses.measure OUT.json RESNET20.safetensors --data-root DIR [--n 200] [--few 100]
 
-DIR holds CIFAR-10; randomised transforms, which take 20 gradients for one, get the first `--few` images. A case that OUT.json already holds is kept, so that an interrupted measurement goes on.
+DIR holds CIFAR-10; randomised transforms, which take 20 gradients for one, get the first `--few` images. A case that
+OUT.json already holds is kept, so that an interrupted measurement goes on.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CASES: dict[str, list[str]] = {
 
 
 def measure(clf: Classifier, data: Data, specs: list[str]) -> dict[str, Any]:
-    """One verdict's numbers on the data, with the accuracy that the adaptive attacks leave when nothing else is counted."""
+    """One verdict's numbers on the data, and the accuracy that the adaptive attacks alone leave."""
     defended = compose(clf, make_defenses(specs))
     verdict = evaluate(defended, data, threat=Linf(EPS), suite=SUITES[defended.randomised], seed=SEED)
     fell = Counter(name for name in verdict.broken_by if name is not None)
