@@ -31,6 +31,6 @@ class BitDepth(Defense):
     def transform(self, x: Tensor, bounds: tuple[float, float], key: int) -> Tensor:
         """See `Defense.transform`."""
         low, high = bounds
-        step = (high - low) / (2**self.bits - 1)
+        step: float = (high - low) / (2**self.bits - 1)
         levels = ((x.clamp(low, high) - low) / step).round()
         return (levels * step + low).clamp(low, high)

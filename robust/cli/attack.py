@@ -140,23 +140,21 @@ def attack_model(
     options.check_precision(precision)
     kind = room("attacks").load(name)
     extras = universal.Extras(train, size, width_mm, tuple(also or ()), tuple(photo or ()))
+    given: dict[str, Any] = {
+        "model": model, "data": data, "norm": norm, "eps": eps, "n": n, "seed": seed, "weights": weights,
+        "mean": mean, "std": std, "bounds": bounds, "device": device, "data_root": data_root, "defense": defense,
+    }  # fmt: skip
     if kind.universal:
         if answers or budget or classes or endpoint:
-            raise ConfigError(
-                f"{name} needs gradients; leave out --answers, --budget, --classes and --endpoint"
-            )
+            options_of.refuse_answers(name)
         universal.run(
-            name, kind, extras, settings or [], target=target, out=out, precision=precision, as_json=as_json,
-            model=model, data=data, norm=norm, eps=eps, n=n, seed=seed, weights=weights, mean=mean, std=std,
-            bounds=bounds, device=device, data_root=data_root, defense=defense,
+            name, kind, extras, settings or [], target=target, out=out, precision=precision, as_json=as_json, **given
         )  # fmt: skip
         return
     extras.refuse(name)
     subject = options.make_subject(
-        model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
-        device=device, data_root=data_root, answers=answers, budget=budget, classes=classes, endpoint=endpoint,
-        defense=defense,
-    )  # fmt: skip
+        **given, answers=answers, budget=budget, classes=classes, endpoint=endpoint
+    )
     if subject.deployed and kind.knowledge == "white":
         raise ConfigError(
             f"{name} needs gradients, and of {subject.model} only answers are seen; choose a black-box attack"

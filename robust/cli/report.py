@@ -40,8 +40,10 @@ def render_report(
         raise RunError(f"{run} is no run folder; name the folder that `robust eval` wrote")
     _check_files(run, with_report=verify)
     verdict = Verdict.load(run)
-    here = {"model": model, "data": data, "weights": weights, "device": device, "data_root": data_root}
-    here["defense"] = defense or None
+    here: dict[str, Any] = {
+        "model": model, "data": data, "weights": weights, "device": device, "data_root": data_root,
+        "defense": defense or None,
+    }  # fmt: skip
     subject = _subject(verdict, {name: value for name, value in here.items() if value is not None})
     found = _verify(verdict, subject) if verify else _render(verdict, subject)
     if as_json:

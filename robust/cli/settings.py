@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -103,6 +103,11 @@ def black_box(
             )
         from_mapping(settings, Settings, "--endpoint")
     return BlackBox(answers, budget, classes, settings)
+
+
+def refuse_answers(name: str) -> NoReturn:
+    """Raises the line for an attack that cannot do with answers alone."""
+    raise ConfigError(f"{name} needs gradients; leave out --answers, --budget, --classes and --endpoint")
 
 
 def parse_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
