@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from robust import Linf, Verdict, evaluate
+from robust import L2, Linf, Verdict, evaluate
 from robust.adaptive import EOT, KINDS, adapted, run_unaware
+from robust.attacks import get as get_attack
 from robust.cli.main import run
+from robust.decide import decide
 from robust.defense import Defended, Defense
 from robust.defenses import get
 from robust.doubts import raise_doubts
@@ -337,3 +339,19 @@ def test_every_defence_is_listed_with_how_it_is_attacked(capsys: pytest.CaptureF
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert (rows["tv-min"]["attacked by"], rows["median-smooth"]["attacked by"]) == ("BPDA + EOT", "autograd")
     assert all(row["kind"] == "transform" and row["paper"] for row in rows.values())
+
+
+@pytest.mark.parametrize(("attack", "until"), [("pgd", "broken"), ("pgd", "strongest"), ("ddn", "smallest")])
+def test_one_unlucky_draw_of_the_clean_point_breaks_nothing_and_is_attacked_all_the_same(
+    attack: str, until: str
+) -> None:
+    clf, x, _ = network(n=60)
+    defended = get("gaussian-noise")(sigma=0.2)(clf)
+    y = decide(defended, x, torch.zeros(60, dtype=torch.long)).prediction
+    rates = torch.stack([defended.logits(x).argmax(1) != y for _ in range(30)]).float().mean(0)
+    assert int(((rates > 0.2) & (rates < 0.4)).sum()) > 3, "samples that a single draw often gets wrong"
+    none = get_attack(attack)(threat=Linf(1e-6) if attack == "pgd" else L2(1e-6), until=until, steps=2)
+    assert not bool(none.run(defended, x, y).success.any())
+    much = get_attack("pgd")(threat=Linf(0.5), until="broken", steps=10, copies=10).run(defended, x, y)
+    assert bool(much.success.all())
+    assert bool(decide(defended, much.x_adv, y).hit.all())
