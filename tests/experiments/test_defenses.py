@@ -63,6 +63,14 @@ def test_where_rounding_hides_the_gradient_autograd_would_have_claimed_most_of_t
         assert cases[name]["non_adaptive"]["naive"] >= 0.8 * cases[name]["clean_accuracy"]
 
 
+def test_the_words_about_replays_and_randomness_are_the_record_s(cases: dict[str, dict[str, Any]]) -> None:
+    assert cases["mean-smooth"]["non_adaptive"]["replay"] == pytest.approx(0.2, abs=0.02)
+    assert cases["jpeg"]["non_adaptive"]["replay"] > cases["mean-smooth"]["non_adaptive"]["replay"]
+    for case in cases.values():
+        if any(item["randomised"] for item in case["defenses"]):
+            assert case["non_adaptive"]["overstated"] <= 0.1
+
+
 def test_a_case_is_measured_as_the_record_has_it() -> None:
     clf, data = load_model("zoo:digits", device="cpu"), load_data("digits", n=4)
     found = measure.measure(clf, data, ["bit-depth:bits=3"])
