@@ -69,6 +69,7 @@ class Trial:
         self.notes: dict[str, float] = {}
         self.hook: Hook | None = None
         self._clean: Tensor | None = None
+        self._wrong: tuple[Tensor, Tensor] | None = None
         self.precision = "original"
         self.twin: Twin | None = None  # answers in the model's place
         self.compiled: bool | None = None  # whether its answers are compiled; None where the work repays it
@@ -110,6 +111,15 @@ class Trial:
         return self._clean
 
     @property
+    def wrong(self) -> tuple[Tensor, Tensor]:
+        """(N,) bool twice: the clean point is a hit already, and clearly so; of a randomised model by its majority."""
+        if self._wrong is None:
+            twin, self.twin = self.twin, None
+            self._wrong = self.judge(torch.arange(len(self.x), device=self.x.device), self.x, self.clean)
+            self.twin = twin
+        return self._wrong
+
+    @property
     def classes(self) -> int:
         """The model's number of classes."""
         return self.model.classes if self.bare else self.clean.shape[1]
@@ -144,9 +154,8 @@ class Trial:
         """Takes the clean points as the first offer; whether any sample still needs work."""
         if self.until == "strongest":
             return True
-        hit = misclassified(self.clean, self.y, self.targets)
-        self.hit = hit
-        self.sure = hit & clear(self.clean, self.y, self.targets)
+        hit, sure = self.wrong
+        self.hit, self.sure = hit.clone(), sure.clone()
         self.told = self.sure.clone()
         self.score = torch.where(hit, 0.0, -torch.inf)
         return not bool(self.finished().all())
@@ -156,7 +165,7 @@ class Trial:
         if self.until == "broken":
             return self.sure
         if self.until == "smallest":
-            return misclassified(self.clean, self.y, self.targets)
+            return self.wrong[0]
         return torch.zeros_like(self.hit)
 
     def offer(self, rows: Tensor, points: Tensor, hit: Tensor, sure: Tensor, score: Tensor) -> None:
@@ -262,6 +271,7 @@ class Trial:
             attack, self.model, self.x[rows], self.y[rows], targets=picked, seed=self.seed, index=index
         )
         other._clean = self.clean[rows]
+        other._wrong = None if self._wrong is None else (self._wrong[0][rows], self._wrong[1][rows])
         other.hook, other.precision, other.compiled = self.hook, self.precision, self.compiled
         other.mask, other.begin = targets_of(self.mask, rows), targets_of(self.begin, rows)
         other.track = None if self.track is None else Track(self.track.mode)

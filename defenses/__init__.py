@@ -2,5 +2,18 @@
 
 from robust.registry import Registry
 
-REGISTRY = Registry("defense", {})
+REGISTRY = Registry(
+    "defense",
+    {
+        "mean-smooth": "robust.defenses.transforms.blur:MeanSmooth",
+        "gaussian-smooth": "robust.defenses.transforms.blur:GaussianSmooth",
+        "median-smooth": "robust.defenses.transforms.median:MedianSmooth",
+        "resize-pad": "robust.defenses.transforms.resize:ResizePad",
+        "bit-depth": "robust.defenses.transforms.depth:BitDepth",
+        "jpeg": "robust.defenses.transforms.jpeg:JPEG",
+        "tv-min": "robust.defenses.transforms.tvmin:TVMin",
+        "gaussian-noise": "robust.defenses.transforms.noise:GaussianNoise",
+        "random-crop": "robust.defenses.transforms.resize:RandomCrop",
+    },
+)
 get = REGISTRY.load

@@ -205,7 +205,8 @@ class Classifier:
             )
         first, second = first[finite], second[finite]
         noise = 10 * FLOAT_NOISE * max(1.0, float(first.abs().max()))
-        if not torch.allclose(first, second, rtol=0, atol=noise, equal_nan=True):
+        alike = torch.allclose(first, second, rtol=0, atol=noise, equal_nan=True)
+        if not alike and not self.randomised:  # a defence has declared it
             self.randomised = True
             self._warn(
                 "the model is randomised (two forwards differ); outcomes are a majority over keyed draws"

@@ -44,19 +44,27 @@ def raise_doubts(
     randomised: bool,
     suite: str,
     stages: Sequence[StageFacts],
+    averaged: bool = False,
+    unaware: int = 0,
 ) -> list[str]:
     """All doubts about a finished run, the gravest first.
 
     Args:
         n, correct, robust, marginal: numbers of samples; undefined: of clean ones that the model answers with NaN.
         width: the box's width; eps: the largest radius.
+        averaged: whether an attack of the suite averages its gradients over a randomised model's draws.
+        unaware: samples that fell only to attacks that do not know of the model's defence.
     """
     found = [
         *_model(n, correct, classes, undefined),
-        *_randomness(randomised, suite),
+        *_randomness(randomised and not averaged, suite),
         *_masking(stages, correct),
         *_whole_box(norm, eps, width, robust, n, classes),
     ]
+    if unaware:
+        found.append(
+            f"{unaware} samples fell only to attacks that do not know of the defence: is its declared gradient right?"
+        )
     if classes < 4 and any(stage.attack == "apgd-t" for stage in stages):
         found.append(
             f"{classes} classes: the targeted DLR is not defined below 4, apgd-t raised z_t − z_y instead"

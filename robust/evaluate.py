@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings as python_warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust.adaptive import KINDS, run_unaware
 from robust.answers import AnswerLog
 from robust.classifier import Classifier, RobustWarning
 from robust.cost import Cost
 from robust.decide import outcome
+from robust.defense import Defended
 from robust.digest import sample_digest
 from robust.errors import BudgetExceeded, RunError
 from robust.finish import finish
 from robust.journal import PREPARED, Journal, Record, require_same, sweep
-from robust.oracle import Oracle
+from robust.oracle import Oracle, counted
 from robust.plan import Plan, make_plan
 from robust.rows import as_source, check_samples
 from robust.suites import Stage
@@ -51,7 +52,8 @@ def evaluate(
     """The robustness verdict of a model on data.
 
     A sample counts as broken only if its stored example lies inside the threat and the original model, in float32,
-    misclassifies it.
+    misclassifies it. A defended model (`robust.defense`) is attacked as its defences declare, and what an attack that
+    does not know of them would have claimed stands beside it (`Verdict.non_adaptive`).
 
     Args:
         model: a Classifier, or an Oracle with a suite that needs no gradients.
@@ -155,7 +157,7 @@ class _Run:
     def _group(self, key: str) -> Iterator[Record]:
         """One group of the journal: yields a record that holds, at the end, what the model was asked for."""
         record: Record = {"key": key}
-        with _counted(self.plan.model) as cost:
+        with counted(self.plan.model) as cost:
             if self.remote is None:
                 yield record
             else:
@@ -175,16 +177,20 @@ class _Run:
     def _chunk(self, number: int) -> None:
         groups = self.journal.groups
         first, *keys = self.plan.keys(number)
-        if first in groups and all(key in groups for key in keys):
+        beside = self.plan.beside(number)
+        if all(key in groups for key in (first, *keys, *beside)):
             return
         chunk = self._read(number, groups.get(first))
         if first not in groups:
             self._clean(first, chunk)
         alive = torch.tensor([record["correct"] for record in groups[first]])
-        for position, key in enumerate(keys):
+        for position, key in enumerate([*keys, *beside]):
             if key not in groups:
-                self.tell(number, position, 0.0)
-                self._stage(key, position, chunk, alive)
+                self.tell(number, min(position, len(keys) - 1), 0.0)
+                if key in beside:
+                    self._beside(key, beside[key], chunk, alive)
+                else:
+                    self._stage(key, position, chunk, alive)
             for record in groups[key]:
                 alive[record["i"] - chunk.rows.start] = False
 
@@ -237,6 +243,29 @@ class _Run:
             group["cost"]["queries"] = result.cost.queries
         told = {"attack": stage.attack, "eps": float(threat.eps), "attempted": len(live)}
         self._commit({**group, **told, "broken": len(records), "notes": notes}, records, kept)
+
+    def _beside(self, key: str, kind: str, chunk: _Chunk, alive: Tensor) -> None:
+        """Commits which correct samples an attack breaks that does not know of the defence, with new evidence only."""
+        plan, threat = self.plan, self.plan.threats[-1]
+        assert isinstance(plan.model, Defended)
+        clean = self.journal.groups[plan.keys(chunk.number)[0]]
+        right = torch.tensor([k for k, record in enumerate(clean) if record["correct"]], dtype=torch.long)
+        x, y, index = chunk.x[right], chunk.y[right], torch.tensor(chunk.rows)[right]
+        records: list[Record] = []
+        kept = _nothing()
+        with self._group(key) as group:
+            if len(right):
+                found = run_unaware(
+                    kind, plan.model, threat, x, y, seed=plan.seed, index=index, precision=plan.precision
+                )
+                every = replace(found, success=torch.ones(len(right), dtype=torch.bool))
+                records, (rows, points) = self._confirm(Stage(KINDS[kind]), threat, x, y, index, every)
+                new = alive[rows - chunk.rows.start]
+                kept = rows[new], points[new]
+        fresh = set(kept[0].tolist())
+        records = [{**(r if r["i"] in fresh else {"i": r["i"]}), "non_adaptive": kind} for r in records]
+        told = {"attack": KINDS[kind], "eps": float(threat.eps), "attempted": len(right), "notes": {}}
+        self._commit({**group, **told, "broken": len(records)}, records, kept)
 
     def _attack(self, position: int, chunk: _Chunk, x: Tensor, y: Tensor, index: Tensor) -> Any:
         """The attack's result on at least one sample; None where an oracle's budget leaves no query for it."""
@@ -348,23 +377,6 @@ class _Hook:
 
     def __call__(self, fraction: float) -> None:
         self.run.tell(self.number, self.position, fraction)
-
-
-@contextmanager
-def _counted(model: Classifier | Oracle) -> Iterator[Cost]:
-    """A cost that is filled in at the end: what the model was asked for in between, and the time."""
-    cost, begun, before = Cost(), time.perf_counter(), _spent(model)
-    yield cost
-    spent = _spent(model) - before
-    cost.forwards, cost.backwards, cost.queries = spent.forwards, spent.backwards, spent.queries
-    cost.seconds = time.perf_counter() - begun
-
-
-def _spent(model: Classifier | Oracle) -> Cost:
-    spent = model.cost + Cost()
-    if isinstance(model, Oracle) and isinstance(model.backend, Classifier):
-        spent.forwards = model.backend.cost.forwards
-    return spent
 
 
 def _nothing() -> tuple[Tensor, Tensor]:

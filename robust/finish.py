@@ -7,7 +7,9 @@ from typing import Any
 
 from safetensors.torch import save
 
+from robust.adaptive import averages
 from robust.classifier import Classifier
+from robust.defense import describe as describe_defenses
 from robust.digest import data_digest, file_digest, write_atomic, write_json
 from robust.doubts import StageFacts, raise_doubts
 from robust.errors import RunError
@@ -67,6 +69,7 @@ def _manifest(plan: Plan, journal: Journal, samples: Samples) -> dict[str, Any]:
             "randomised": isinstance(model, Classifier) and model.randomised,
             "oracle": isinstance(model, Oracle),
         },
+        "defenses": describe_defenses(model),
         "data": {
             "name": getattr(source, "name", "tensors"),
             "n": len(source),
@@ -129,8 +132,10 @@ def _doubts(plan: Plan, journal: Journal, verdict: Verdict) -> list[str]:
         norm=verdict.threat.norm,
         eps=float(verdict.threat.eps),
         randomised=isinstance(model, Classifier) and model.randomised,
+        averaged=any(averages(stage) for stage in plan.stages),
         suite=plan.suite,
         stages=_facts(plan, journal),
+        unaware=sum((by or "").startswith("non-adaptive") for by in verdict.broken_by),
     )
     if isinstance(model, Oracle):
         again = journal.repeated()

@@ -325,3 +325,21 @@ class Oracle:
 
 def _best(scores: Tensor) -> Tensor:
     return torch.where(scores.isfinite().all(1), scores.argmax(1), -1)
+
+
+@contextmanager
+def counted(model: Classifier | Oracle) -> Iterator[Cost]:
+    """A cost that is filled in at the end: what the model was asked for in between, and the time."""
+    cost, begun, before = Cost(), time.perf_counter(), spent_on(model)
+    yield cost
+    spent = spent_on(model) - before
+    cost.forwards, cost.backwards, cost.queries = spent.forwards, spent.backwards, spent.queries
+    cost.seconds = time.perf_counter() - begun
+
+
+def spent_on(model: Classifier | Oracle) -> Cost:
+    """The counts so far; forwards are those of the classifier behind an oracle."""
+    spent = model.cost + Cost()
+    if isinstance(model, Oracle) and isinstance(model.backend, Classifier):
+        spent.forwards = model.backend.cost.forwards
+    return spent

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from robust import __version__
+from robust.adaptive import adapted, kinds
 from robust.classifier import Classifier
 from robust.decide import BATCH, DRAWS
+from robust.defense import Defended
 from robust.digest import data_digest, model_digest, sample_digest
 from robust.errors import DataError, RobustError, ThreatError
 from robust.oracle import Oracle
@@ -79,6 +81,10 @@ class Plan:
         attacks = [f"{number}/{eps!r}/{k}" for eps in self.radii for k in range(len(self.stages))]
         return [f"{number}/clean", *attacks]
 
+    def beside(self, number: int) -> dict[str, str]:
+        """A defended model's further journal keys of a chunk, and the attacks of `robust.adaptive` that they hold."""
+        return {f"{number}/{kind}": kind for kind in kinds(self.model)}
+
     def describe(self) -> dict[str, Any]:
         """What `--resume` compares."""
         asked = {"answers": self.model.answers} if isinstance(self.model, Oracle) else {}
@@ -131,6 +137,7 @@ def make_plan(
         raise RobustError(f"chunk={chunk} holds no sample; give at least 1")
     threats = _ascending(threat)
     name, planned = stages(suite, threats[0].norm, isinstance(model, Oracle))
+    planned = adapted(name, planned, model)
     x, y = source.batch(range(min(_FIRST, len(source))))
     if x.dim() != 4:
         raise DataError(
@@ -139,6 +146,8 @@ def make_plan(
     check_samples(x, y, model.bounds)
     if isinstance(model, Classifier):
         model.check(x)
+        if isinstance(model, Defended):  # before costs are booked
+            model.undefended.check(x)
     elif model.answers == "labels" and model.known_classes is None:
         raise RobustError(
             "an oracle that gives labels does not say how many classes there are; pass classes="

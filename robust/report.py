@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robust import report_figures as figures
+from robust.adaptive import KINDS
 from robust.digest import write_atomic
 from robust.journal import PREPARED
 from robust.rows import Source, as_source
@@ -27,6 +28,7 @@ _ELSEWHERE = (
     "warnings",
     "cost",
     "results",
+    "defenses",
     "plan",
     "command",
 )  # parts of the manifest shown elsewhere
@@ -91,6 +93,13 @@ def count(value: float) -> str:
     return f"{value:,.1f}" if isinstance(value, float) and not value.is_integer() else f"{int(value):,}"
 
 
+def told_defense(item: Mapping[str, Any]) -> str:
+    """A defence of a manifest in words: name, parameters, and how it was attacked."""
+    parameters = ", ".join(f"{key}={value}" for key, value in item["parameters"].items())
+    ways = [way for way, flag in (("BPDA", "bpda"), ("EOT", "randomised")) if item[flag]]
+    return f"{item['name']}({parameters}), attacked by {' + '.join(ways) or 'its own gradient'}"
+
+
 @dataclass(frozen=True)
 class Step:
     """One row of the waterfall: who took how many samples, and what stood before and after."""
@@ -128,6 +137,8 @@ def _context(verdict: Verdict, source: Source, classes: Sequence[str] | None) ->
         "gallery": _gallery(verdict, source, names),
         "broken": correct - robust,
         **_confusion(verdict, names),
+        "defenses": [told_defense(item) for item in manifest.get("defenses", [])],
+        "beside": verdict.non_adaptive,
         "stages": manifest["stages"],
         "cost": verdict.cost,
         "warnings": list(verdict.warnings),
@@ -183,6 +194,8 @@ def _waterfall(verdict: Verdict, total: int) -> list[Step]:
     steps = [Step("wrong without an attack", "wrong", total, left)] if left < total else []
     for name in _attack_order(verdict):
         fallen = sum(by == name for by in verdict.broken_by)
+        if name in KINDS.values() and not fallen:
+            continue  # it stands beside the suite, and added nothing to it
         steps.append(Step(name, "broken", left, left - fallen))
         left -= fallen
     return [*steps, Step("robust", "robust", left, 0)]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from robust.adaptive import ATTACK, STEPS, declared_kinds
 from robust.classifier import Classifier
 from robust.digest import read_json
 from robust.errors import RobustError, RunError
@@ -35,6 +36,7 @@ class Samples:
         eps: smallest radius at which it fell, inf if it did not.
         distance: of its example, NaN without one; adversarial_prediction (-1), adversarial_confidence likewise.
         marginal: whether the outcome is within float noise.
+        fallen: how many fell to each attack that does not know of the model's defence (`robust.adaptive`).
     """
 
     y: list[int] = field(default_factory=list)
@@ -48,6 +50,7 @@ class Samples:
     adversarial_prediction: list[int] = field(default_factory=list)
     adversarial_confidence: list[float] = field(default_factory=list)
     marginal: list[bool] = field(default_factory=list)
+    fallen: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, groups: Mapping[str, Sequence[Record]]) -> Samples:
@@ -60,6 +63,11 @@ class Samples:
 
     def take(self, record: Record) -> None:
         """Adds a sample's clean outcome, or updates it with the attack that broke it."""
+        if "non_adaptive" in record:
+            kind = record["non_adaptive"]
+            self.fallen[kind] = self.fallen.get(kind, 0) + 1
+            if "broken_by" not in record:  # it had fallen before
+                return
         if "broken_by" not in record:
             if record["i"] != len(self.y):
                 raise RunError(f"samples.jsonl has sample {record['i']} where {len(self.y)} belongs")
@@ -148,8 +156,25 @@ class Verdict:
             points[self.adversarial_index] = self.adversarial
         return points
 
+    @property
+    def non_adaptive(self) -> dict[str, Any] | None:
+        """What attacks that do not know of the defence would have claimed; None without a defence.
+
+        `attack`, `steps`; by `replay` and, where it was measured, `naive`, the accuracy under each (`robust.adaptive`);
+        `claimed`, the larger one, and by how much it `overstated` the robust accuracy.
+        """
+        kinds = declared_kinds(self.manifest.get("defenses", []))
+        if not kinds:
+            return None
+        right, n = int(self.correct.sum()), max(len(self), 1)
+        left = {kind: (right - self.samples.fallen.get(kind, 0)) / n for kind in kinds}
+        claimed = max(left.values())
+        about = {"attack": ATTACK, "steps": STEPS, "eps": self.curve[-1][0], **left, "claimed": claimed}
+        return {**about, "overstated": claimed - self.robust_accuracy}
+
     def results(self) -> dict[str, Any]:
         """The manifest's claims, counted from the samples."""
+        beside = self.non_adaptive
         return {
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
@@ -157,6 +182,7 @@ class Verdict:
             "correct": int(self.correct.sum()),
             "robust": int(self.robust.sum()),
             "marginal": int(self.marginal.sum()),
+            **({} if beside is None else {"non_adaptive": beside}),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -167,6 +193,8 @@ class Verdict:
             "n": len(self),
             "threat": self.manifest["threat"],
             "suite": self.suite,
+            "defenses": self.manifest.get("defenses", []),
+            "non_adaptive": self.non_adaptive,
             "seconds": self.cost["seconds"],
             "curve": self.curve,
             "cost": self.cost,

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from robust.adaptive import KINDS, declared_kinds
 from robust.classifier import Classifier
 from robust.decide import BATCH, Decision, outcome
+from robust.defense import describe
 from robust.digest import data_digest, file_digest, model_digest, read_json, sample_digest
 from robust.errors import RobustError, VerificationError
 from robust.journal import PREPARED, SAMPLES, read_pages, stage_table, total_cost
@@ -49,6 +51,8 @@ def verify(verdict: Verdict, model: Classifier | Oracle, x: Any, y: Tensor | Non
             raise VerificationError(
                 "the model is not the one evaluated: weights, normalisation or box differ"
             )
+        if describe(model) != verdict.manifest.get("defenses", []):
+            raise VerificationError("the manifest does not declare the model's defences as they are")
         with _as_evaluated(model, verdict):
             differing = [*_check_clean(verdict, model, source), *_check_evidence(verdict, model, source)]
     except VerificationError:
@@ -101,9 +105,18 @@ def _check_pages(verdict: Verdict, path: Path) -> None:
                 f"group {commit['key']} of {SAMPLES} does not hold what its last line says"
             )
         for record in records:
-            if not clean and (record["broken_by"], record["eps"]) != (commit["attack"], commit["eps"]):
+            beside = KINDS.get(record.get("non_adaptive", ""))
+            if beside is not None and "broken_by" not in record:  # counted, but broken by another attack
+                same = beside == commit["attack"]
+            else:
+                same = clean or (record["broken_by"], record["eps"]) == (commit["attack"], commit["eps"])
+            if not same:
                 raise VerificationError(f"sample {record['i']} stands in the group of another attack or eps")
-    attacks = [commit for commit in pages.commits if commit["attack"] not in ("clean", PREPARED)]
+    declared = {KINDS[kind] for kind in declared_kinds(manifest.get("defenses", []))}
+    if declared != {commit["attack"] for commit in pages.commits} & set(KINDS.values()):
+        raise VerificationError(f"{SAMPLES} does not hold the non-adaptive attacks that the defences ask for")
+    apart = ("clean", PREPARED, *KINDS.values())
+    attacks = [commit for commit in pages.commits if commit["attack"] not in apart]
     if manifest["threat"]["eps"] != sorted({commit["eps"] for commit in attacks}):
         raise VerificationError(f"the manifest's eps {manifest['threat']['eps']} are not those of {SAMPLES}")
     names = list(dict.fromkeys(commit["attack"] for commit in attacks))

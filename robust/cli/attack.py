@@ -133,33 +133,33 @@ def attack_model(
     budget: options_of.Budget = None,
     classes: options_of.Classes = None,
     endpoint: options_of.Endpoint = None,
+    defense: options_of.Defenses = None,
     as_json: options.Json = False,
 ) -> None:
     """Run one attack; report its success rate, the distances it needed and what it cost."""
     options.check_precision(precision)
     kind = room("attacks").load(name)
     extras = universal.Extras(train, size, width_mm, tuple(also or ()), tuple(photo or ()))
+    given: dict[str, Any] = {
+        "model": model, "data": data, "norm": norm, "eps": eps, "n": n, "seed": seed, "weights": weights,
+        "mean": mean, "std": std, "bounds": bounds, "device": device, "data_root": data_root, "defense": defense,
+    }  # fmt: skip
     if kind.universal:
         if answers or budget or classes or endpoint:
-            raise ConfigError(
-                f"{name} needs gradients; leave out --answers, --budget, --classes and --endpoint"
-            )
+            options_of.refuse_answers(name)
         universal.run(
-            name, kind, extras, settings or [], target=target, out=out, precision=precision, as_json=as_json,
-            model=model, data=data, norm=norm, eps=eps, n=n, seed=seed, weights=weights, mean=mean, std=std,
-            bounds=bounds, device=device, data_root=data_root,
+            name, kind, extras, settings or [], target=target, out=out, precision=precision, as_json=as_json, **given
         )  # fmt: skip
         return
     extras.refuse(name)
     subject = options.make_subject(
-        model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
-        device=device, data_root=data_root, answers=answers, budget=budget, classes=classes, endpoint=endpoint,
-    )  # fmt: skip
+        **given, answers=answers, budget=budget, classes=classes, endpoint=endpoint
+    )
     if subject.deployed and kind.knowledge == "white":
         raise ConfigError(
             f"{name} needs gradients, and of {subject.model} only answers are seen; choose a black-box attack"
         )
-    attack = build(name, kind, settings or [], subject)
+    attack = build(name, kind, options_of.averaged(kind, settings or [], subject.defenses), subject)
     options.check_writable(out)
     with warnings.catch_warnings(), Meter(name, quiet=as_json) as meter:
         options.hush()
@@ -331,6 +331,7 @@ def summarise(name: str, attack: Any, found: Found, subject: options.Subject) ->
         "attack": name,
         "parameters": parameters,
         "model": subject.model,
+        "defenses": [item.describe() for item in subject.defenses],
         "data": subject.data,
         "clean_accuracy": int(found.correct.sum()) / total,
         "robust_accuracy": int(found.standing.sum()) / total,
@@ -388,7 +389,8 @@ def _show(summary: Mapping[str, Any]) -> None:
     counts = (f"{int(cost[key]):,} {key}" for key in ("forwards", "backwards", "queries") if cost[key])
     rows += [("cost", "  ".join([*counts, duration(cost["seconds"])])), ("settings", settings)]
     rows += [("doubt", line) for line in summary["warnings"]]
-    title = f"{summary['attack']} on {summary['model']}, {summary['data']}, {summary['n']} samples"
+    behind = "".join(f" behind {item['name']}" for item in summary["defenses"])
+    title = f"{summary['attack']} on {summary['model']}{behind}, {summary['data']}, {summary['n']} samples"
     options.show(f"{title}, {threat['norm']} {options.radius(threat['eps'])}", rows)
     if summary["out"]:
         print(f"saved to  {summary['out']}")

@@ -73,6 +73,7 @@ def evaluate_model(
     budget: settings.Budget = None,
     classes: settings.Classes = None,
     endpoint: settings.Endpoint = None,
+    defense: settings.Defenses = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure how robust a model is: clean and robust accuracy, with evidence that others can check."""
@@ -80,6 +81,7 @@ def evaluate_model(
     subject = options.make_subject(
         model, data, norm, eps, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
         device=device, data_root=data_root, answers=answers, budget=budget, classes=classes, endpoint=endpoint,
+        defense=defense,
     )  # fmt: skip
     suite = suite or (subject.black_box.suite() if subject.deployed else "standard")
     given = [parse_model(text) for text in surrogates or []]
@@ -143,7 +145,15 @@ def _check_suite(suite: str, subject: options.Subject, *, surrogates: bool) -> N
 
 def _default_out(subject: options.Subject, suite: str, resume: bool) -> Path:
     """A new folder below runs/ that is named after the run; with `resume` the newest one of that name."""
-    parts = (_last(subject.model), _last(subject.data), subject.norm, _slug(subject.eps_text), _slug(suite))
+    shields = [item.name for item in subject.defenses]
+    parts = (
+        _last(subject.model),
+        *shields,
+        _last(subject.data),
+        subject.norm,
+        _slug(subject.eps_text),
+        _slug(suite),
+    )
     base = RUNS / f"{'-'.join(parts)}-seed{subject.seed}"
     taken = [base] if base.exists() else []
     while taken and (following := base.with_name(f"{base.name}-{len(taken) + 1}")).exists():
@@ -174,7 +184,7 @@ def _show(verdict: Verdict, subject: options.Subject, folder: Path) -> None:
     if len(verdict.curve) > 1:
         curve = "   ".join(f"{options.radius(e)}: {options.percent(a)}" for e, a in verdict.curve)
         rows.append(("curve", curve))
-    rows += [("broken by", _broken_by(verdict)), ("cost", _cost(verdict.cost))]
+    rows += [*_defended(summary), ("broken by", _broken_by(verdict)), ("cost", _cost(verdict.cost))]
     rows += [("doubt", line) for line in verdict.warnings]
     threat = f"{subject.norm} {options.radius(subject.eps[-1])}"
     options.show(
@@ -184,6 +194,23 @@ def _show(verdict: Verdict, subject: options.Subject, folder: Path) -> None:
     print(f"evidence  {folder}\nreport    {folder / 'report.html'}")
     if subject.model == options.DEFAULT_MODEL:
         print("its adversarially trained sister: robust eval zoo:digits-at")
+
+
+def _defended(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The defences, how they were attacked, and what attacks that do not know of them would have claimed."""
+    beside = summary["non_adaptive"]
+    if beside is None:
+        return []
+    from robust.report import told_defense
+
+    shown = "   ".join(
+        f"{kind} {options.percent(beside[kind])}" for kind in ("replay", "naive") if kind in beside
+    )
+    overstated = f"overstated by {100 * beside['overstated']:.1f} points"
+    return [
+        *(("behind", told_defense(item)) for item in summary["defenses"]),
+        ("not adaptive", f"{shown}   {overstated}   ({beside['attack']}, {beside['steps']} steps)"),
+    ]
 
 
 def _with_interval(accuracy: float, n: int) -> str:

@@ -82,15 +82,17 @@ def _row(registry: Registry, name: str) -> dict[str, Any]:
         row["norms"] = list(item.norms)
     if hasattr(item, "knowledge"):
         row["knowledge"] = item.knowledge
+    if hasattr(item, "attacked_by"):
+        row |= {"kind": item.kind, "attacked by": item.attacked_by(), "paper": _papers(row["card"])}
     if hasattr(item, "passes"):
-        row |= {"paper": ", ".join(_PAPER.findall(row["card"])), "cost": _cost_class(item.passes())}
+        row |= {"paper": _papers(row["card"]), "cost": _cost_class(item.passes())}
     if hasattr(item, "gradients"):
-        row |= {"paper": _source(row["card"]), "gradients": item.gradients()}
+        row |= {"paper": _papers(row["card"]), "gradients": item.gradients()}
     return row
 
 
-def _source(line: str) -> str:
-    """The paper of a card: its arXiv number, or author and year where it has none."""
+def _papers(line: str) -> str:
+    """The papers that a card names: their arXiv numbers, or author and year where there are none."""
     cited = re.search(r"\(([^()]* \d{4})[^()]*\)", line)
     return ", ".join(_PAPER.findall(line)) or (cited[1] if cited else "")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from robust.cli.settings import BlackBox, black_box
+from robust.cli.settings import BlackBox, black_box, make_defenses
 from robust.config import number as parse_number
 from robust.errors import ConfigError, RobustError, RunError, ThreatError
 from robust.registry import unknown
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from robust.classifier import Classifier
     from robust.data import Data
+    from robust.defense import Defense
     from robust.oracle import Answers, Oracle
     from robust.threat import Threat
 
@@ -138,6 +139,7 @@ class Subject:
     device: str | None
     data_root: Path | None
     black_box: BlackBox = field(default_factory=BlackBox)
+    defenses: tuple[Defense, ...] = ()
 
     @property
     def deployed(self) -> bool:
@@ -184,6 +186,10 @@ class Subject:
         inner = model.backend if isinstance(model, Oracle) else model
         if isinstance(inner, Classifier):
             inner.module.eval()  # what a factory has just built is in train mode, which nobody meant
+        if self.defenses and isinstance(model, Classifier):
+            from robust.defense import compose
+
+            model = compose(model, self.defenses)
         # A factory may return a Classifier with a box of its own, and an endpoint may tell its own.
         return model, data if model.bounds == (0.0, 1.0) else self.load_data(model.bounds)
 
@@ -216,6 +222,7 @@ def make_subject(
     budget: int | None = None,
     classes: int | None = None,
     endpoint: Sequence[str] | None = None,
+    defense: Sequence[str] | None = None,
 ) -> Subject:
     """Check what the command line says, before anything is loaded or written; a fault is one `ConfigError` line."""
     if norm not in NORMS:
@@ -227,13 +234,15 @@ def make_subject(
     for option, path in (("--weights", weights), ("--data-root", data_root)):
         if path is not None and not path.exists():
             raise ConfigError(f"{option}: {path} does not exist")
-    if device is not None:
-        _find_device(device)
+    if device is not None:  # one that this machine lacks, before data is loaded
+        from robust.models import find_device
+
+        find_device(device)
     model = model or DEFAULT_MODEL
     data = data or _data_of(model)
     eps_text = eps or usual_eps(norm, data)
     box = _box(bounds)
-    return Subject(
+    subject = Subject(
         model=model,
         data=data,
         norm=norm,
@@ -248,7 +257,13 @@ def make_subject(
         device=device,
         data_root=data_root,
         black_box=black_box(answers, budget, classes, endpoint),
+        defenses=make_defenses(defense),
     )
+    if subject.defenses and subject.deployed:
+        raise ConfigError(
+            "--defense wraps a model that is seen whole; leave out --answers and deployed models"
+        )
+    return subject
 
 
 def number(text: str, option: str) -> float:
@@ -278,13 +293,6 @@ def check_precision(precision: str) -> None:
 def usual_eps(norm: str, data: str) -> str:
     """The radius that papers report for this norm and data, as text."""
     return _EPS.get((norm, data.partition(":")[0]), _EPS[norm, ""])
-
-
-def _find_device(device: str) -> None:
-    """Refuse a device that this machine lacks before data is loaded."""
-    from robust.models import find_device
-
-    find_device(device)
 
 
 def _data_of(model: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robust.cli import options
+from robust.cli import options, settings
 from robust.errors import RunError, VerificationError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def render_report(
     weights: options.Weights = None,
     device: options.Device = None,
     data_root: options.DataRoot = None,
+    defense: settings.Defenses = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a run's report again, or verify its evidence; model and data are those of the run's own command."""
@@ -39,7 +40,10 @@ def render_report(
         raise RunError(f"{run} is no run folder; name the folder that `robust eval` wrote")
     _check_files(run, with_report=verify)
     verdict = Verdict.load(run)
-    here = {"model": model, "data": data, "weights": weights, "device": device, "data_root": data_root}
+    here: dict[str, Any] = {
+        "model": model, "data": data, "weights": weights, "device": device, "data_root": data_root,
+        "defense": defense or None,
+    }  # fmt: skip
     subject = _subject(verdict, {name: value for name, value in here.items() if value is not None})
     found = _verify(verdict, subject) if verify else _render(verdict, subject)
     if as_json:
@@ -128,6 +132,7 @@ def _subject(verdict: Verdict, here: dict[str, Any]) -> options.Subject:
         "answers",
         "classes",
         "endpoint",
+        "defense",
     )
     chosen = {**{name: given[name] for name in names}, **here, "n": len(verdict)}
     if "model" in here:  # which need not be deployed as the other one was

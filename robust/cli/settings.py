@@ -1,16 +1,19 @@
-"""`KEY=VALUE` on the command line, and how a model is asked that gives answers only."""
+"""`KEY=VALUE` on the command line: defences, and how a model is asked that gives answers only."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from robust.errors import ConfigError
-from robust.registry import unknown
+from robust.errors import ConfigError, UnknownName
+from robust.registry import room, unknown
+
+if TYPE_CHECKING:
+    from robust.defense import Defense
 
 ANSWERS = ("scores", "labels")
 
@@ -44,6 +47,16 @@ Endpoint = Annotated[
         metavar="KEY=VALUE",
         help="How an http(s) model is asked: timeout (seconds), retries, rate (points per second), batch (points), "
         "auth (the NAME of the environment variable that holds the Authorization header); may be repeated.",
+        show_default=False,
+    ),
+]
+Defenses = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--defense",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="Put the model behind a defense, such as median-smooth or bit-depth:bits=4; may be repeated: inputs "
+        "meet them in the order given. It is attacked as it declares; see `robust list defenses`.",
         show_default=False,
     ),
 ]
@@ -92,13 +105,18 @@ def black_box(
     return BlackBox(answers, budget, classes, settings)
 
 
+def refuse_answers(name: str) -> NoReturn:
+    """Raises the line for an attack that cannot do with answers alone."""
+    raise ConfigError(f"{name} needs gradients; leave out --answers, --budget, --classes and --endpoint")
+
+
 def parse_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
     """``["steps=20", "loss=margin"]`` as a mapping: values as TOML writes them, any other text as it is."""
     table: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = (part.strip() for part in setting.partition("="))
         if not equals or not key or not text:
-            example = "steps=20" if option == "--set" else "timeout=10"
+            example = {"--set": "steps=20", "--endpoint": "timeout=10"}.get(option, "bit-depth:bits=4")
             raise ConfigError(f"{option}: {setting!r} is not KEY=VALUE; write it like {example}")
         if key in table:
             raise ConfigError(f"{option}: {key} is given twice")
@@ -107,3 +125,32 @@ def parse_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             table[key] = text
     return table
+
+
+def make_defenses(texts: Sequence[str] | None) -> tuple[Defense, ...]:
+    """``["median-smooth", "bit-depth:bits=4"]`` as defences; an unknown name or an impossible value is one line."""
+    from robust.config import from_mapping
+
+    found: list[Defense] = []
+    for text in texts or []:
+        name, colon, rest = (part.strip() for part in text.partition(":"))
+        try:
+            kind = room("defenses").load(name)
+        except UnknownName as error:
+            raise UnknownName(f"--defense: {error}") from None
+        given = parse_settings(rest.split(","), "--defense") if colon else {}
+        try:
+            found.append(from_mapping(given, kind, f"--defense {name}"))
+        except ConfigError as error:  # a defence's own errors begin with its name
+            raise ConfigError(str(error).replace(f"{name}: {name}: ", f"{name}: ")) from None
+    return tuple(found)
+
+
+def averaged(kind: Any, settings: Sequence[str], defenses: Sequence[Defense]) -> list[str]:
+    """An attack's settings; gradients of a randomised defence are averaged unless the settings say how."""
+    from robust.adaptive import EOT
+
+    wanted = any(item.randomised for item in defenses) and kind.knowledge == "white"
+    able = kind.__dataclass_fields__.get("copies")
+    told = any(setting.partition("=")[0].strip() == "copies" for setting in settings)
+    return [*settings, f"copies={EOT}"] if wanted and able and able.default == 1 and not told else [*settings]
