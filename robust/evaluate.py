@@ -48,6 +48,7 @@ def evaluate(
     surrogates: Sequence[Classifier] = (),
     report: bool = True,
     progress: Progress | None = None,
+    command: Sequence[str] | None = None,
 ) -> Verdict:
     """The robustness verdict of a model on data.
 
@@ -71,6 +72,7 @@ def evaluate(
             substitute is distilled from the model's answers to the data, without its labels, once a run.
         report: whether to write report.html into `out`.
         progress: called with the fraction done and a line of text.
+        command: what the manifest names as the command of this run; None for this process's.
 
     Raises:
         RobustError: bad input, in one line; nothing is written then.
@@ -80,7 +82,7 @@ def evaluate(
     source = as_source(x, y)
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore", RobustWarning)
-        plan = make_plan(model, source, threat, suite, seed, chunk, precision, surrogates)
+        plan = make_plan(model, source, threat, suite, seed, chunk, precision, surrogates, command)
         folder = None if out is None else Path(out)
         if folder is not None and resume and (folder / "digests.json").exists():
             return _finished(plan, folder)

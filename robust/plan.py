@@ -41,6 +41,7 @@ class Plan:
         first: digest of the first samples, by which a resumed run knows its data.
         precision: what the attacks compute in: "original", "float32" or "bfloat16" (see `Attack.run`).
         surrogates: models that transfer attacks craft on, where they need not distil one.
+        command: what the manifest names as the run's command.
     """
 
     model: Classifier | Oracle
@@ -53,6 +54,7 @@ class Plan:
     first: str
     precision: str
     surrogates: tuple[Classifier, ...] = ()
+    command: tuple[str, ...] = ()
 
     @property
     def radii(self) -> list[float]:
@@ -123,6 +125,7 @@ def make_plan(
     chunk: int | None,
     precision: str = "auto",
     surrogates: Sequence[Classifier] = (),
+    command: Sequence[str] | None = None,
 ) -> Plan:
     """The plan of a run on these inputs; see `robust.evaluate` for the arguments.
 
@@ -165,7 +168,8 @@ def make_plan(
     size = chunk or max(32, min(256, _CHUNK_ELEMENTS // max(x[0].numel(), 1)))
     passes = len(source) * len(threats) * sum(stage.passes() for stage in planned)
     resolved = _resolve(model, precision, passes)
-    return Plan(model, source, threats, name, planned, seed, size, first, resolved, tuple(surrogates))
+    told = tuple(sys.argv if command is None else command)
+    return Plan(model, source, threats, name, planned, seed, size, first, resolved, tuple(surrogates), told)
 
 
 def _resolve(model: Classifier | Oracle, precision: str, passes: float) -> str:
@@ -227,5 +231,5 @@ def environment(plan: Plan) -> dict[str, Any]:
         "twins": describe_twins(plan.model),
         "batches": {"chunk": plan.chunk, "decision": BATCH},
         "draws": DRAWS if isinstance(plan.model, Classifier) and plan.model.randomised else 1,
-        "command": sys.argv,
+        "command": list(plan.command),
     }

@@ -111,6 +111,7 @@ def learn_and_measure(
     others: Mapping[str, Classifier] | None = None,
     seed: int = 0,
     precision: str = "auto",
+    grid: bool = True,
     progress: Progress = lambda fraction, text: None,
 ) -> UniversalRun:
     """Learns one change on `learn` and measures it on `unseen`: images that are in neither other.
@@ -122,6 +123,7 @@ def learn_and_measure(
         attack: a universal attack or a patch, of the attacks' room.
         target: the class to reach; None for any wrong one, or what a targeted attack chooses for itself.
         others: models by name on which it is measured too.
+        grid: whether a patch is measured over scale and angle, the dearest part.
         progress: told the fraction done and what is going on.
     """
     started, before = time.perf_counter(), model.cost + Cost()
@@ -139,8 +141,9 @@ def learn_and_measure(
     extra: dict[str, Any] = {"control": _again(run, applied(change.control(seed), seed), target, seed)}
     if run.is_patch:
         extra["printed"] = _again(run, applied(change, seed, printing=True), target, seed)
-        run.grid = _grid(run, seed, progress)
-        extra["grid"] = asdict(run.grid)
+        if grid:
+            run.grid = _grid(run, seed, progress)
+            extra["grid"] = asdict(run.grid)
     extra["transfer"] = [
         {"model": other, **elsewhere(clf, unseen, change, target, seed)}
         for other, clf in (others or {}).items()

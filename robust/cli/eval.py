@@ -147,14 +147,19 @@ def _default_out(subject: options.Subject, suite: str, resume: bool) -> Path:
     """A new folder below runs/ that is named after the run; with `resume` the newest one of that name."""
     shields = [item.name for item in subject.defenses]
     parts = (
-        _last(subject.model),
+        last(subject.model),
         *shields,
-        _last(subject.data),
+        last(subject.data),
         subject.norm,
-        _slug(subject.eps_text),
-        _slug(suite),
+        slug(subject.eps_text),
+        slug(suite),
     )
-    base = RUNS / f"{'-'.join(parts)}-seed{subject.seed}"
+    return new_folder(f"{'-'.join(parts)}-seed{subject.seed}", resume)
+
+
+def new_folder(name: str, resume: bool) -> Path:
+    """A folder below runs/ of that name, numbered where it is taken; with `resume` the newest one there is."""
+    base = RUNS / name
     taken = [base] if base.exists() else []
     while taken and (following := base.with_name(f"{base.name}-{len(taken) + 1}")).exists():
         taken.append(following)
@@ -165,14 +170,14 @@ def _default_out(subject: options.Subject, suite: str, resume: bool) -> Path:
     return base.with_name(f"{base.name}-{len(taken) + 1}") if taken else base
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """Text in letters that every file system takes."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:60]
 
 
-def _last(spec: str) -> str:
+def last(spec: str) -> str:
     """The telling end of a specification: ``zoo:digits`` is digits, ``imagefolder:a/b`` is b."""
-    return _slug((spec.partition(":")[2] or spec).rstrip("/").rpartition("/")[2])
+    return slug((spec.partition(":")[2] or spec).rstrip("/").rpartition("/")[2])
 
 
 def _show(verdict: Verdict, subject: options.Subject, folder: Path) -> None:
