@@ -52,7 +52,11 @@ class PatchSettings:
             )
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"{self.steps} steps teach nothing; give at least 1")
-        attack = self.attack(data.shape)
+        attack, (_, height, width) = self.attack(data.shape), data.shape
+        if self.share * height * width < 1:
+            raise ConfigError(
+                f"a patch of {self.share:g} of {height} × {width} pixels has none; give a larger share"
+            )
         attack.check_steps()
         attack.validate(model, *learn.batch(range(min(4, len(learn)))), None)
 

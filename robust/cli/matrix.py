@@ -367,7 +367,8 @@ def _show(record: dict[str, Any], folder: Path) -> None:
 
     from robust.report_matrix import FIGURE, PAGE, entries, heads, title
 
-    grid = Table(title=title(record), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    print(title(record))
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("accuracy left, %", no_wrap=True)
     for head in heads(record):
         grid.add_column(head, justify="right", no_wrap=True)
