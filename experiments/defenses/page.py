@@ -1,4 +1,4 @@
-"""The README's part that is made from the record: ``python -m robust.experiments.defenses.page [--write]``."""
+"""The README's parts that are made from records: ``python -m robust.experiments.defenses.page [--write]``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from robust.digest import read_json
+from robust.digest import read_json, write_atomic
 from robust.experiments.benchmarks.tables import markdown
+from robust.experiments.defenses.matrix import RECORD as MATRIX_RECORD
 from robust.experiments.pages import Page
 from robust.report import clopper_pearson, told_defense
+from robust.report_matrix import entries, head_text, heads, heat_map, overstatement, title
 
 FOLDER = Path(__file__).parent
 README, RECORD = FOLDER / "README.md", FOLDER / "resnet20.json"
+MATRIX_FIGURE = "matrix.svg"
 LEAST_CLEAN, MOST_ROBUST = 0.7, 0.03
 
 
@@ -80,7 +83,41 @@ def section() -> str:
     return f"{table}\n\n{about}"
 
 
+def matrix_section() -> str:
+    """The table, the picture and the conditions of the matrix; one line while there is none."""
+    if not MATRIX_RECORD.exists():
+        return "No record yet: the command above makes it, in some hours of two cores."
+    record = read_json(MATRIX_RECORD)
+    rows = []
+    for row in record["rows"]:
+        shown = [_cell(entry.accuracy, entry.alone) for entry in entries(record, row).values()]
+        if row["overstated"]:
+            shown[-1] += f" ({overstatement(row['overstated'])})"
+        rows.append([row["name"], *shown])
+    table = markdown(["accuracy left", *map(head_text, heads(record))], rows)
+    surrogates = (
+        ", ".join(item["name"] for item in record["surrogates"]) or "a substitute distilled from each row"
+    )
+    about = (
+        f"{title(record)}, seed {record['seed']}. Transfer from {surrogates}. {record['device']['name']}, torch "
+        f"{record['versions']['torch']}, {record['seconds'] / 60:.0f} minutes beside other work. Code of "
+        f"{', '.join(record['commits'])}, {record['date'][:10]}."
+    )
+    return f"{table}\n\n![the matrix as a heat map]({MATRIX_FIGURE})\n\n{about}"
+
+
+def _cell(accuracy: float | None, alone: float | None) -> str:
+    return _percent(accuracy) + ("" if alone is None else f", alone {_percent(alone)}")
+
+
+def draw_matrix() -> None:
+    """The heat map beside the page, where there is a record."""
+    if MATRIX_RECORD.exists():
+        write_atomic(FOLDER / MATRIX_FIGURE, heat_map(read_json(MATRIX_RECORD)))
+
+
 PAGE = Page("robust.experiments.defenses.page", README, "record", section)
+MATRIX = Page("robust.experiments.defenses.page", README, "matrix", matrix_section, draw_matrix)
 
 if __name__ == "__main__":
-    sys.exit(PAGE.main(sys.argv[1:]))
+    sys.exit(PAGE.main(sys.argv[1:]) or MATRIX.main(sys.argv[1:]))

@@ -256,7 +256,7 @@ def _run(job: Job, folder: Path, *, resume: bool, verify: bool, quiet: bool) -> 
         if verify:
             return dict(core.verify(rows, setup, folder))
         record = core.measure(rows, setup, folder, resume=resume, progress=meter)
-        record |= {"data": {**record["data"], "name": job.subject.data}, "command": _command()}
+        record["command"] = _command()
         write_matrix(record, folder)
         return record
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from robust import load_data, load_model
+from robust.cli.main import parse, run
 from robust.cli.settings import make_defenses
 from robust.defenses import REGISTRY
 from robust.digest import read_json
-from robust.experiments.defenses import measure, page
+from robust.experiments.defenses import matrix, measure, page
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +20,10 @@ def cases() -> dict[str, dict[str, Any]]:
     return dict(read_json(page.RECORD)["cases"])
 
 
-def test_the_page_says_what_the_record_says() -> None:
+def test_the_page_says_what_the_records_say() -> None:
     text = page.README.read_text(encoding="utf-8")
     assert page.PAGE.fill(text) == text
+    assert page.MATRIX.fill(text) == text
 
 
 def test_every_transform_is_measured_with_the_parameters_that_the_code_has(
@@ -78,3 +81,34 @@ def test_a_case_is_measured_as_the_record_has_it() -> None:
     assert found["specs"] == ["bit-depth:bits=3"]
     assert found["adaptive_accuracy"] <= found["clean_accuracy"]
     assert found["model"] == clf.digest()
+
+
+def test_the_matrix_has_every_transform_as_the_record_of_transforms_has_it() -> None:
+    words = matrix.command(Path("run"), Path("w.safetensors"), ["at=zoo:resnet20@at.safetensors"])
+    given = parse(words)
+    assert given["defense"] == ["+".join(specs) for specs in measure.CASES.values()]
+    assert {spec.partition(":")[0] for text in given["defense"] for spec in text.split("+")} == set(REGISTRY)
+    assert given["suite"] == ["quick", "standard", "patch", "transfer"]
+    assert given["models"][1:] == ["at=zoo:resnet20@at.safetensors"]
+    assert given["eps"] == "8/255"
+
+
+def test_the_page_tells_the_matrix_of_a_run_and_that_there_is_none_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "matrix.json"
+    monkeypatch.setattr(page, "MATRIX_RECORD", record)
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    assert page.matrix_section().startswith("No record yet")
+    words = ["matrix", "zoo:digits", "--defense", "bit-depth:bits=2", "--suite", "fgsm", "--n", "4"]
+    assert run([*words, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    kept = matrix.keep(tmp_path / "run", record, "some digits")
+    assert "command" not in kept
+    assert str(tmp_path) not in record.read_text()
+    told = page.matrix_section()
+    assert "| digits + bit-depth:bits=2 |" in told
+    assert "some digits: 4 samples" in told
+    assert "points over fgsm" in told
+    page.draw_matrix()
+    assert (tmp_path / page.MATRIX_FIGURE).read_text().startswith("<?xml")
