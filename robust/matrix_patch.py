@@ -1,4 +1,8 @@
-"""The matrix's column `patch`: a universal patch learnt on a row itself, through its defences, and kept as evidence."""
+"""The matrix's column `patch`: a universal patch learnt on a row itself, through its defences, and kept as evidence.
+
+A sample stands if it is classified correctly without the patch and with it; one that only the patch sets right does
+not.
+"""
 
 from __future__ import annotations
 

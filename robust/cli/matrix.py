@@ -357,7 +357,7 @@ def _shown(entry: Any) -> str:
     """A number of the table; below it what its column's own attacks leave, where that is more."""
     if entry.accuracy is None:
         return ""
-    alone = "" if entry.alone is None else f"\nalone {100 * entry.alone:.1f}"
+    alone = "" if entry.alone is None else f"\n[{100 * entry.alone:.1f}]"
     return f"{100 * entry.accuracy:.1f}{alone}"
 
 
@@ -369,25 +369,23 @@ def _show(record: dict[str, Any], folder: Path) -> None:
 
     print(title(record))
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("accuracy left, %", no_wrap=True)
+    grid.add_column("accuracy left, %", overflow="fold")
     for head in heads(record):
         grid.add_column(head, justify="right", no_wrap=True)
     for row in record["rows"]:
         found = entries(record, row)
         cells = [_shown(entry) for entry in found.values()]
         if row["overstated"]:
-            cells[-1] += f" ({100 * row['overstated']['by']:+.1f})"
+            cells[-1] += f"\n({100 * row['overstated']['by']:+.1f})"
         grid.add_row(row["name"].replace(" + ", "\n + "), *cells)
     options.print_table(grid)
     doubts = {line for row in record["rows"] for cell in row["cells"].values() for line in cell["warnings"]}
     print("worst counts the samples that stood under every column")
     if any(entry.alone is not None for row in record["rows"] for entry in entries(record, row).values()):
         print(
-            "alone: what the column's own attacks leave, where attacks that do not know of the defense broke more"
+            "[in brackets]: what the column's own attacks leave, where some that do not know of the defense broke more"
         )
     if any(row["overstated"] for row in record["rows"]):
-        print(
-            "non-adaptive claim: what PGD that does not know of the defense would say, and the points it overstates"
-        )
+        print("claimed: by PGD that does not know of the defense, and by how many points that overstates")
     print(f"doubts    {len(doubts)}, named in the page\ntook      {duration(record['seconds'])}")
     print(f"page      {folder / PAGE}\npicture   {folder / FIGURE}")

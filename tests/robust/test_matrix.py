@@ -16,15 +16,16 @@ import torch
 from robust import Classifier, Linf, Verdict, evaluate, load_data, load_model
 from robust.adaptive import KINDS
 from robust.cli.settings import make_defenses
-from robust.defense import compose
+from robust.defense import Defense, compose
 from robust.digest import sample_digest
 from robust.errors import ConfigError, RobustError, RunError, VerificationError
 from robust.matrix import Row, Setup, measure, verify
 from robust.matrix_patch import PatchSettings, unseen_rows, verify_patch
 from robust.registry import room
 from robust.report_matrix import FIGURE, PAGE, RECORD, entries, heads, heat_map, write_matrix
+from tests.robust.browsing import CONTRAST, SIZES, launched, opened, shown
 
-EPS, N = 0.2, 12
+EPS, N = 0.2, 8
 NOISY, HIDING = "digits + gaussian-noise", "digits + bit-depth:bits=2"
 
 
@@ -41,10 +42,10 @@ def rows() -> list[Row]:
 
 @pytest.fixture(scope="module")
 def setup() -> Setup:
-    data, surrogate = load_data("digits", n=60), load_model("zoo:digits-at", device="cpu")
+    data, surrogate = load_data("digits", n=40), load_model("zoo:digits-at", device="cpu")
     return Setup(
-        data.subset(range(N)), Linf(EPS), data.subset(range(N, 60)), ("quick", "patch", "transfer"), (surrogate,),
-        patch=PatchSettings(0.2, 60),
+        data.subset(range(N)), Linf(EPS), data.subset(range(N, 40)), ("quick", "patch", "transfer"), (surrogate,),
+        patch=PatchSettings(0.2, 40),
     )  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def test_a_patch_is_measured_on_samples_that_it_was_not_learnt_on(
     digests = {sample_digest(*setup.data[i]) for i in range(N)}
     for row in record["rows"]:
         stored = json.loads((out / row["cells"]["patch"]["folder"] / "samples.json").read_text())
-        assert len(stored["learnt"]) == row["cells"]["patch"]["learnt_on"] == 48
+        assert len(stored["learnt"]) == row["cells"]["patch"]["learnt_on"] == 32
         assert not digests & {*stored["learnt"]}
         assert len(stored["y"]) == N
 
@@ -145,6 +146,23 @@ def test_a_patch_of_a_hiding_row_is_learnt_through_the_substitute(rows: list[Row
         blind = attack.fit(model, x, y)
     assert not torch.equal(learnt.texture, blind.texture)
     assert learnt.history[-1]["loss"] > learnt.history[0]["loss"]
+
+
+def test_a_patch_of_a_randomised_row_meets_new_draws_at_every_step(
+    rows: list[Row], setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[int] = []
+    apply = Defense.apply
+
+    def noted(self: Defense, x: torch.Tensor, bounds: Any, key: int, aware: bool = True) -> torch.Tensor:
+        keys.append(key)
+        return apply(self, x, bounds, key, aware)
+
+    monkeypatch.setattr(Defense, "apply", noted)
+    model = next(row.model for row in rows if row.name == NOISY)
+    assert setup.learn is not None
+    PatchSettings(0.2, 10).attack(setup.data.shape).fit(model, *setup.learn.tensors(), precision="original")
+    assert len({*keys}) == len(keys) >= 10
 
 
 def test_a_finished_matrix_is_read_back_and_a_wider_one_keeps_its_cells(
@@ -258,7 +276,7 @@ def test_a_larger_patch_than_asked_for_is_refused(
 ) -> None:
     place = measured[1] / row_of(measured[0], "digits")["cells"]["patch"]["folder"]
     with pytest.raises(VerificationError, match=r"more than 0\.05"):
-        verify_patch(place, rows[0].model, setup.data, PatchSettings(0.05, 60))
+        verify_patch(place, rows[0].model, setup.data, PatchSettings(0.05, 40))
 
 
 def test_the_picture_has_a_number_for_every_entry_and_is_the_same_for_the_same_record(
@@ -308,6 +326,21 @@ def test_the_page_links_every_cell_to_its_report_and_loads_nothing(
     assert all(load.startswith("data:") for load in page.loads)
     assert heads(record)[0] == "clean"
     assert heads(record)[-2:] == ["worst", "claimed"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_page_can_be_read_on_any_screen(
+    size: str, scheme: str, chromium: str, measured: tuple[dict[str, Any], Path]
+) -> None:
+    with launched(chromium) as browser, opened(browser, size, measured[1] / PAGE) as page:
+        page.emulate_media(color_scheme=scheme)
+        assert (page.complaints, page.requests) == ([], [page.address])
+        assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+        assert "digits + bit-depth:bits=2" in shown(page, "#matrix-table")
+        assert page.locator("#matrix-table td a").count() == 4 * 3
+        page.evaluate("document.querySelector('.picture').remove()")  # its colours are no page's
+        assert min(page.evaluate(CONTRAST))[0] >= 4.5
 
 
 @pytest.mark.parametrize(
