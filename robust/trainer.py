@@ -113,6 +113,11 @@ class Training:
     ) -> None:
         self.settings, self.described = settings, described(loss)
         self.recipe = loss if isinstance(loss, Recipe) else Plain(loss)
+        if settings.compiled and self.recipe.second_order:
+            raise ConfigError(
+                f"compiled=true cannot be trained with: {type(self.recipe).__name__} with these options differentiates a "
+                "gradient, which compiled passes cannot; leave it out"
+            )
         self.clf = Learner(given, settings.precision, settings.compiled)
         self.module = given.module
         self.check(x, y)
