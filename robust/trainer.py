@@ -115,8 +115,8 @@ class Training:
         self.recipe = loss if isinstance(loss, Recipe) else Plain(loss)
         if settings.compiled and self.recipe.second_order:
             raise ConfigError(
-                f"compiled=true cannot be trained with: {type(self.recipe).__name__} with these options differentiates a "
-                "gradient, which compiled passes cannot; leave it out"
+                f"compiled=true cannot be trained with: {type(self.recipe).__name__} with these options differentiates "
+                "a gradient, which compiled passes cannot; leave it out"
             )
         self.clf = Learner(given, settings.precision, settings.compiled)
         self.module = given.module
