@@ -173,8 +173,9 @@ class Training:
     ) -> None:
         """All steps from the checkpoint, if any, to the end; the module is left in the mode it was found in."""
         self.group.spread(self.module)
+        identity = {} if folder is None else self.identity()
         if folder is not None:
-            self.place = load_checkpoint(folder, self.identity(), self.restore)
+            self.place = load_checkpoint(folder, identity, self.restore)
         writes = self.group.writes
         board = Board(folder / "tensorboard", self.place.step) if tensorboard and folder and writes else None
         modes = [(module, module.training) for module in self.module.modules()]
@@ -188,7 +189,7 @@ class Training:
                     self.place.seconds = time.monotonic() - begun
                     due = time.monotonic() - saved >= checkpoint_seconds
                     if folder is not None and writes and (due or self.place.step == self.steps):
-                        save_checkpoint(folder, self.place, self.identity(), self.state())
+                        save_checkpoint(folder, self.place, identity, self.state())
                         saved = time.monotonic()
                     if board is not None and len(self.place.history) > epochs:
                         board.write(self.place.history[-1], self.place.step)
