@@ -99,7 +99,8 @@ def _limit(summary: Mapping[str, Any]) -> str:
     """How large the change may be, in words."""
     threat = summary["threat"]
     if "area" in summary:
-        return f"{threat['height']} × {threat['width']} pixels, {percent(summary['area'])} of the image"
+        height, width = summary["shape"]
+        return f"{height:.4g} × {width:.4g} pixels, {percent(summary['area'])} of the image"
     return f"{threat['norm']} radius {figures.eps_text(threat['eps'])}"
 
 

@@ -43,13 +43,13 @@ class Case:
         return get(self.attack)(threat=Linf(8 / 255), **self.fields)
 
 
-HALF = {"steps": 500}  # towards a class half of the steps are enough
+FEWER = {"steps": 800}  # towards a class a third of the steps are enough
 CASES = {
     "patch": Case("patch", floor=0.8),
     "patch-round": Case("patch", fields={"shape": "round"}, floor=0.8),
-    "patch-to-automobile": Case("patch", "automobile", HALF, floor=0.5),
-    "patch-to-bird": Case("patch", "bird", HALF, floor=0.5),
-    "patch-to-ship": Case("patch", "ship", HALF, floor=0.5),
+    "patch-to-automobile": Case("patch", "automobile", FEWER, floor=0.5),
+    "patch-to-bird": Case("patch", "bird", FEWER, floor=0.5),
+    "patch-to-ship": Case("patch", "ship", FEWER, floor=0.5),
     "uap": Case("uap", floor=0.6),
     "targeted-uap-to-bird": Case("targeted-uap", "bird"),
 }
