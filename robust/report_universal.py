@@ -60,6 +60,7 @@ def _context(run: UniversalRun) -> dict[str, Any]:
     return {
         "patch": run.is_patch,
         "limit": _limit(summary),
+        "towards": summary.get("towards"),
         "picture": _picture(run),
         "rows": _rows(summary),
         "gallery": _gallery(run),

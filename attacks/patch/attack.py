@@ -25,13 +25,16 @@ from robust.attacks.universal.base import (
 )
 from robust.classifier import Classifier, misclassified
 from robust.errors import DataError, RobustError, ThreatError
-from robust.rng import Draws, identities
+from robust.rng import Draws, derive, identities
 from robust.targets import ranking
 from robust.threat import Patch
 from robust.twin import Precision
 
 _LEVELS = 255
 _CANDIDATES = 10  # classes that scouts are sent to
+# Rounds of scouts: the share of their steps, and how many go on. Who leads after few steps is rarely who leads at last.
+_ROUNDS = ((0.6, 4), (0.4, 1))
+_PLACES = 3  # of every sample, at which scouts are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,8 @@ class AdversarialPatch(UniversalAttack):
     angle.
 
     Without targets a patch ends at leading to some one class, and the class that the ascent runs into is rarely the
-    best one. So scouts start towards each of the likeliest classes, and one away from the true classes; what fools the
-    most of the samples, at places of their own, is learnt on with the rest of the steps.
+    best one. So scouts start towards each of the likeliest classes, and one away from the true classes; in two rounds
+    what fools most of the samples, at places of their own, is found and learnt on with the rest of the steps.
 
     Attributes:
         share: of the image's area that it covers at scale 1, exactly, its sides in the threat's ratio; `run` makes it
@@ -64,7 +67,7 @@ class AdversarialPatch(UniversalAttack):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("patch",)
-    steps: int = 2400
+    steps: int = 2500
     batch: int = 64
     share: float | None = None
     shape: Literal["rectangle", "round"] = "rectangle"
@@ -75,7 +78,7 @@ class AdversarialPatch(UniversalAttack):
     noise: float = 0.02
     resolution: int = 2
     step_size: float = 0.2
-    scouting: float = 0.2
+    scouting: float = 0.45
 
     @classmethod
     def sized(cls, area: float, height: int, width: int, **fields: Any) -> AdversarialPatch:
@@ -119,26 +122,35 @@ class AdversarialPatch(UniversalAttack):
         return replace(patch, texture=(low + (high - low) * levels).clamp(low, high))
 
     def _scout(self, trial: Trial, patch: TrainedPatch) -> tuple[TrainedPatch, int]:
-        """The most promising start and the class that it leads to, and the steps that finding it took."""
+        """The most promising start with the class that it leads to, and the steps that finding it took."""
         if trial.targets is not None or not self.scouting:
             return patch, 0
         rivals = torch.bincount(ranking(trial.clean, trial.y)[:, 0], minlength=trial.classes)
         likeliest = rivals.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
-        goals: list[int | None] = [None, *likeliest]
-        steps = int(self.scouting * self.steps / len(goals))
-        best, most = patch, -1.0
-        for k, towards in enumerate(goals if steps else ()):
-            start = self._climb(trial, replace(patch, towards=towards), (k * steps, (k + 1) * steps))
-            fooled = self._fooled(trial, start)
-            if fooled > most:
-                best, most = start, fooled
-        return best, steps * len(goals)
+        left, first = [replace(patch, towards=towards) for towards in (*likeliest, None)], 0
+        for share, kept in _ROUNDS:
+            steps = int(share * self.scouting * self.steps / len(left))
+            if not steps:
+                break
+            rates = []
+            for k, one in enumerate(left):
+                left[k] = self._climb(trial, one, (first, first + steps))
+                rates.append(self._fooled(trial, left[k]))
+                first += steps
+            left = [
+                left[k] for k in torch.tensor(rates).argsort(descending=True, stable=True)[:kept].tolist()
+            ]
+        return (left[0], first) if first else (patch, 0)
 
     def _fooled(self, trial: Trial, patch: TrainedPatch) -> float:
-        """The share of the samples that are misclassified with the patch, at one place each."""
-        points = torch.cat([patch.apply(x, seed=trial.seed, index=index) for x, index in _parts(trial)])
-        points = where_allowed(trial, torch.arange(len(points), device=points.device), points)
-        return float(misclassified(scores_of(trial, points), trial.y).double().mean())
+        """The share of the samples that are misclassified with the patch, over some places of each."""
+        rows, rates = torch.arange(len(trial.x), device=trial.x.device), []
+        for place in range(_PLACES):
+            seed = derive(trial.seed, "patch/scout", place)
+            points = torch.cat([patch.apply(x, seed=seed, index=index) for x, index in _parts(trial)])
+            scores = scores_of(trial, where_allowed(trial, rows, points))
+            rates.append(float(misclassified(scores, trial.y).double().mean()))
+        return sum(rates) / len(rates)
 
     def _climb(self, trial: Trial, patch: TrainedPatch, steps: tuple[int, int]) -> TrainedPatch:
         """The patch after the ascent's steps of a range, over which the step size falls, and its history with them."""

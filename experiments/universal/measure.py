@@ -1,7 +1,7 @@
 """Learns patches and universal perturbations on 500 images and measures them on unseen ones, whatever comes out.
 
     python -m robust.experiments.universal.measure OUT_DIR MODEL DATA --weights FILE --mean … --std … \\
-        [--also MODEL[@WEIGHTS] …] [--only NAME …] [--n 2000] [--train 500]
+        [--also MODEL[@WEIGHTS] …] [--only NAME …] [--n 1500] [--train 500]
 
 One record per case goes to OUT_DIR/NAME.json, a patch also as NAME.png. A record that exists is kept, unless it is
 named; `--transfer` only asks the models of `--also` about the changes that are stored beside their records.
@@ -116,7 +116,7 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     add_subject(parser)
-    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--n", type=int, default=1500)
     parser.add_argument("--train", type=int, default=500)
     parser.add_argument("--also", nargs="+", default=[])
     parser.add_argument("--only", nargs="+", choices=list(CASES))
