@@ -43,7 +43,7 @@ class Case:
         return get(self.attack)(threat=Linf(8 / 255), **self.fields)
 
 
-FEWER = {"steps": 800}  # towards a class a third of the steps are enough
+FEWER = {"steps": 500}  # towards a class a fifth of the steps is enough
 CASES = {
     "patch": Case("patch", floor=0.8),
     "patch-round": Case("patch", fields={"shape": "round"}, floor=0.8),
