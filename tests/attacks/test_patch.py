@@ -144,7 +144,7 @@ def test_a_patch_of_a_share_is_never_larger_than_the_image() -> None:
 
 
 class Lured(nn.Module):
-    """Red raises class 1, but never above class 0; blue raises class 2 far above, where there is little red."""
+    """Red raises class 1, but never above class 0; blue raises class 2 above, where there is little red."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Lured(nn.Module):
         """Logits (N, 3) of the sums of two channels; a plain black image is class 0."""
         red, blue = x.sum((2, 3))[:, ::2].unbind(1)
         first = 5.9 - self.weight[0] * (8 - red).relu()
-        return torch.stack([torch.full_like(red, 6.0), first, 1 + self.weight[1] * (blue - red)], 1)
+        return torch.stack([torch.full_like(red, 6.0), first, 3 + self.weight[1] * (blue / 2 - red)], 1)
 
 
 def test_scouts_find_the_class_that_leading_away_from_the_true_one_runs_past() -> None:
