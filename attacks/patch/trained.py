@@ -197,8 +197,14 @@ class TrainedPatch:
 
 
 def weathered(texture: Tensor, draws: Draws, brightness: float, noise: float, bounds: Bounds) -> Tensor:
-    """(N, C, h, w) the texture as light and print change it, one draw per row, cut to the box."""
+    """(N, C, h, w) the texture as light and print change it, one draw per row, cut to the box.
+
+    What lies on the box's edge keeps its gradient, which torch's own clamp would take from it: a texel that has reached
+    the edge could never come back.
+    """
     width = bounds[1] - bounds[0]
     light = (2 * draws.branch("light").uniform().to(texture) - 1) * brightness
     grain = draws.branch("print").normal(*texture.shape).to(texture) * noise
-    return (texture + width * (light[:, None, None, None] + grain)).clamp(*bounds)
+    worn = texture + width * (light[:, None, None, None] + grain)
+    cut = worn.detach().clamp(*bounds)
+    return torch.where(cut == worn, worn, cut)
