@@ -14,6 +14,7 @@ from robust.attacks.patch.placement import Placements, Ranges, inside, placed, u
 from robust.attacks.patch.printing import print_patch
 from robust.attacks.trial import Trial
 from robust.attacks.universal.perturbation import read_change
+from robust.attacks.warp import held
 from robust.ball import Bounds
 from robust.errors import DataError, RobustError
 from robust.rng import Draws, identities
@@ -197,14 +198,8 @@ class TrainedPatch:
 
 
 def weathered(texture: Tensor, draws: Draws, brightness: float, noise: float, bounds: Bounds) -> Tensor:
-    """(N, C, h, w) the texture as light and print change it, one draw per row, cut to the box.
-
-    What lies on the box's edge keeps its gradient, which torch's own clamp would take from it: a texel that has reached
-    the edge could never come back.
-    """
+    """(N, C, h, w) the texture as light and print change it, one draw per row, cut to the box."""
     width = bounds[1] - bounds[0]
     light = (2 * draws.branch("light").uniform().to(texture) - 1) * brightness
     grain = draws.branch("print").normal(*texture.shape).to(texture) * noise
-    worn = texture + width * (light[:, None, None, None] + grain)
-    cut = worn.detach().clamp(*bounds)
-    return torch.where(cut == worn, worn, cut)
+    return held(texture + width * (light[:, None, None, None] + grain), *bounds)
