@@ -14,6 +14,7 @@ from robust.attacks.patch.placement import Placements, Ranges, inside, placed, u
 from robust.attacks.patch.printing import print_patch
 from robust.attacks.trial import Trial
 from robust.attacks.universal.perturbation import read_change
+from robust.attacks.warp import held
 from robust.ball import Bounds
 from robust.errors import DataError, RobustError
 from robust.rng import Draws, identities
@@ -201,4 +202,4 @@ def weathered(texture: Tensor, draws: Draws, brightness: float, noise: float, bo
     width = bounds[1] - bounds[0]
     light = (2 * draws.branch("light").uniform().to(texture) - 1) * brightness
     grain = draws.branch("print").normal(*texture.shape).to(texture) * noise
-    return (texture + width * (light[:, None, None, None] + grain)).clamp(*bounds)
+    return held(texture + width * (light[:, None, None, None] + grain), *bounds)

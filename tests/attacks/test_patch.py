@@ -21,7 +21,7 @@ from robust.attacks.patch.placement import (
     shape_mask,
     upright,
 )
-from robust.attacks.patch.trained import TrainedPatch
+from robust.attacks.patch.trained import TrainedPatch, weathered
 from robust.classifier import Classifier
 from robust.errors import DataError, RobustError, ThreatError
 from robust.rng import Draws
@@ -317,3 +317,15 @@ def test_what_cannot_be_is_one_line() -> None:
         patch_threat(0.0, 32, 32)
     with pytest.raises(RobustError, match="no sample"):
         AdversarialPatch(threat=Patch(height=3, width=3)).fit(clf, x[:0], y[:0])
+
+
+@pytest.mark.parametrize("brightness", [0.0, 0.2])
+def test_a_texel_at_the_boxs_edge_keeps_its_gradient(brightness: float) -> None:
+    texture = torch.tensor([0.0, 1.0, 0.5, 1.0]).view(1, 2, 2).requires_grad_(True)
+    draws = Draws(0, "test", torch.arange(400))
+    worn = weathered(texture, draws, brightness, 0.0, (0.0, 1.0))
+    (gradient,) = torch.autograd.grad(worn.mean(0).sum(), texture)
+    assert worn.min() >= 0
+    assert worn.max() <= 1
+    inside = 1.0 if brightness == 0 else 0.5  # light lifts half of the draws over the edge
+    assert gradient.flatten().tolist() == pytest.approx([inside, inside, 1.0, inside], abs=0.1)
