@@ -22,7 +22,7 @@ def sample(x: Tensor, down: Tensor, across: Tensor, outside: float | None) -> Te
     """
     height, width = x.shape[2:]
     if outside is None:
-        down, across = down.clamp(0, height - 1), across.clamp(0, width - 1)
+        down, across = held(down, 0, height - 1), held(across, 0, width - 1)
     top, left = down.detach().floor(), across.detach().floor()
     total = torch.zeros_like(x)
     for row, down_share in ((top, 1 - (down - top)), (top + 1, down - top)):
@@ -33,6 +33,15 @@ def sample(x: Tensor, down: Tensor, across: Tensor, outside: float | None) -> Te
                 value = torch.where(within[:, None], value, outside)
             total = total + (down_share * across_share)[:, None] * value
     return total
+
+
+def held(values: Tensor, low: float, high: float) -> Tensor:
+    """Values cut to [low, high]; those at an edge keep their gradient, which torch's own clamp takes from them.
+
+    What an optimiser has brought to an edge, or starts there, could otherwise never leave it.
+    """
+    cut = values.detach().clamp(low, high)
+    return torch.where(cut == values, values, cut)
 
 
 def _pixels(x: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def _context(run: UniversalRun) -> dict[str, Any]:
     return {
         "patch": run.is_patch,
         "limit": _limit(summary),
+        "towards": summary.get("towards"),
         "picture": _picture(run),
         "rows": _rows(summary),
         "gallery": _gallery(run),
@@ -99,7 +100,8 @@ def _limit(summary: Mapping[str, Any]) -> str:
     """How large the change may be, in words."""
     threat = summary["threat"]
     if "area" in summary:
-        return f"{threat['height']} × {threat['width']} pixels, {percent(summary['area'])} of the image"
+        height, width = summary["shape"]
+        return f"{height:.4g} × {width:.4g} pixels, {percent(summary['area'])} of the image"
     return f"{threat['norm']} radius {figures.eps_text(threat['eps'])}"
 
 

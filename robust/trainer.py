@@ -113,6 +113,11 @@ class Training:
     ) -> None:
         self.settings, self.described = settings, described(loss)
         self.recipe = loss if isinstance(loss, Recipe) else Plain(loss)
+        if settings.compiled and self.recipe.second_order:
+            raise ConfigError(
+                f"compiled=true cannot be trained with: {type(self.recipe).__name__} with these options differentiates "
+                "a gradient, which compiled passes cannot; leave it out"
+            )
         self.clf = Learner(given, settings.precision, settings.compiled)
         self.module = given.module
         self.check(x, y)
@@ -168,8 +173,9 @@ class Training:
     ) -> None:
         """All steps from the checkpoint, if any, to the end; the module is left in the mode it was found in."""
         self.group.spread(self.module)
+        identity = {} if folder is None else self.identity()
         if folder is not None:
-            self.place = load_checkpoint(folder, self.identity(), self.restore)
+            self.place = load_checkpoint(folder, identity, self.restore)
         writes = self.group.writes
         board = Board(folder / "tensorboard", self.place.step) if tensorboard and folder and writes else None
         modes = [(module, module.training) for module in self.module.modules()]
@@ -183,7 +189,7 @@ class Training:
                     self.place.seconds = time.monotonic() - begun
                     due = time.monotonic() - saved >= checkpoint_seconds
                     if folder is not None and writes and (due or self.place.step == self.steps):
-                        save_checkpoint(folder, self.place, self.identity(), self.state())
+                        save_checkpoint(folder, self.place, identity, self.state())
                         saved = time.monotonic()
                     if board is not None and len(self.place.history) > epochs:
                         board.write(self.place.history[-1], self.place.step)

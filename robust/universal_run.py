@@ -215,7 +215,9 @@ def _summary(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
     if run.is_patch:
-        found |= {"area": change.area, "shape": list(change.size)}
+        found |= {"area": change.area, "shape": [round(side, 3) for side in change.size]}
+        if change.towards is not None:
+            found["towards"] = class_name(run.unseen.classes, change.towards)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks.base import Targets
-from robust.attacks.patch.placement import Ranges, patch_threat, placed, shape_mask
+from robust.attacks.patch.placement import Ranges, full_size, patch_threat, placed, shape_mask
 from robust.attacks.patch.trained import TrainedPatch, weathered
 from robust.attacks.trial import Trial
 from robust.attacks.universal.base import (
@@ -19,16 +19,22 @@ from robust.attacks.universal.base import (
     batches,
     falling,
     hasten,
+    scores_of,
     uphill,
     where_allowed,
 )
-from robust.classifier import Classifier
+from robust.classifier import Classifier, misclassified
 from robust.errors import DataError, RobustError, ThreatError
-from robust.rng import Draws, identities
+from robust.rng import Draws, derive, identities
+from robust.targets import ranking
 from robust.threat import Patch
 from robust.twin import Precision
 
 _LEVELS = 255
+_CANDIDATES = 10  # classes that scouts are sent to
+# Rounds of scouts: the share of their steps, and how many go on. Who leads after few steps is rarely who leads at last.
+_ROUNDS = ((0.6, 4), (0.4, 1))
+_PLACES = 3  # of every sample, at which scouts are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +42,18 @@ class AdversarialPatch(UniversalAttack):
     """Adversarial patch (Brown et al. 2017, arXiv:1712.09665): one printable patch that fools wherever it lies.
 
     Ascent with Adam on the expected loss over images and over rotation, scale, place, light and print noise, one draw
-    per image and step. The threat `Patch(height, width)` is the patch itself, upright and at scale 1: `run` places it
-    so, at a keyed place of each sample, and its points lie within the threat. What `fit` returns also turns and scales
-    it, as it was learnt; the rectangle around it is then larger by the scale and up to |cos| + |sin| of the angle.
+    per image and step. The threat `Patch(height, width)` is the patch itself, upright and on whole pixels: `run` places
+    it so, at a keyed place of each sample, and its points lie within the threat. What `fit` returns also turns and
+    scales it, as it was learnt; the rectangle around it is then larger by the scale and up to |cos| + |sin| of the
+    angle.
+
+    Without targets a patch ends at leading to some one class, and the class that the ascent runs into is rarely the
+    best one. So scouts start towards each of the likeliest classes, and one away from the true classes; in two rounds
+    what fools most of the samples, at places of their own, is found and learnt on with the rest of the steps.
 
     Attributes:
+        share: of the image's area that it covers at scale 1, exactly, its sides in the threat's ratio; `run` makes it
+            as large as the threat. None: the threat's sides are its own.
         shape: "rectangle", or "round": the ellipse within it.
         rotation: degrees to either side, in [0, 180].
         min_scale, max_scale: factors of the patch's sides.
@@ -49,23 +62,32 @@ class AdversarialPatch(UniversalAttack):
         resolution: the picture's points along each side of a pixel. One gives way to blur when the patch is turned or
             scaled; with more its edges stay sharp.
         step_size: Adam's first one, as a share of the box's width; it falls to 0 along a half cosine.
+        scouting: the share of the steps that all scouts take together, in [0, 1); 0 only leads away from the true
+            classes.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("patch",)
-    steps: int = 1000
+    steps: int = 2500
+    batch: int = 64
+    share: float | None = None
     shape: Literal["rectangle", "round"] = "rectangle"
     rotation: float = 20.0
     min_scale: float = 0.8
     max_scale: float = 1.2
     brightness: float = 0.1
     noise: float = 0.02
-    resolution: int = 3
+    resolution: int = 2
     step_size: float = 0.2
+    scouting: float = 0.45
 
     @classmethod
-    def sized(cls, share: float, height: int, width: int, **fields: Any) -> AdversarialPatch:
-        """A square or round patch of at most `share` of the area of images of `height` × `width` pixels."""
-        return cls(threat=patch_threat(share, height, width, fields.get("shape", "rectangle")), **fields)
+    def sized(cls, area: float, height: int, width: int, **fields: Any) -> AdversarialPatch:
+        """A square or round patch of the share `area` of images of `height` × `width` pixels.
+
+        Its threat is the largest such patch on whole pixels.
+        """
+        threat = patch_threat(area, height, width, fields.get("shape", "rectangle"))
+        return cls(threat=threat, **{**fields, "share": area})
 
     def fit(
         self,
@@ -94,17 +116,60 @@ class AdversarialPatch(UniversalAttack):
         patch = self._start(trial, mask)
         hasten(trial, self.steps * min(self.batch, len(trial.x)))
         low, high = trial.bounds
-        texture = patch.texture.to(trial.x).requires_grad_(True)
-        adam = torch.optim.Adam([texture])
+        patch, first = self._scout(trial, patch)
+        patch = self._climb(trial, patch, (first, self.steps))
+        levels = ((patch.texture.cpu() - low) / (high - low) * _LEVELS).round() / _LEVELS
+        return replace(patch, texture=(low + (high - low) * levels).clamp(low, high))
+
+    def _scout(self, trial: Trial, patch: TrainedPatch) -> tuple[TrainedPatch, int]:
+        """The most promising start with the class that it leads to, and the steps that finding it took."""
+        if trial.targets is not None or not self.scouting:
+            return patch, 0
+        rivals = torch.bincount(ranking(trial.clean, trial.y)[:, 0], minlength=trial.classes)
+        likeliest = rivals.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
+        left, first = [replace(patch, towards=towards) for towards in (*likeliest, None)], 0
+        for share, kept in _ROUNDS:
+            steps = int(share * self.scouting * self.steps / len(left))
+            if not steps:
+                break
+            rates = []
+            for k, one in enumerate(left):
+                left[k] = self._climb(trial, one, (first, first + steps))
+                rates.append(self._fooled(trial, left[k]))
+                first += steps
+            left = [
+                left[k] for k in torch.tensor(rates).argsort(descending=True, stable=True)[:kept].tolist()
+            ]
+        return (left[0], first) if first else (patch, 0)
+
+    def _fooled(self, trial: Trial, patch: TrainedPatch) -> float:
+        """The share of the samples that are misclassified with the patch, over some places of each."""
+        rows, rates = torch.arange(len(trial.x), device=trial.x.device), []
+        for place in range(_PLACES):
+            seed = derive(trial.seed, "patch/scout", place)
+            points = torch.cat([patch.apply(x, seed=seed, index=index) for x, index in _parts(trial)])
+            scores = scores_of(trial, where_allowed(trial, rows, points))
+            rates.append(float(misclassified(scores, trial.y).double().mean()))
+        return sum(rates) / len(rates)
+
+    def _climb(self, trial: Trial, patch: TrainedPatch, steps: tuple[int, int]) -> TrainedPatch:
+        """The patch after the ascent's steps of a range, over which the step size falls, and its history with them."""
+        low, high = trial.bounds
+        first, last = steps
+        among = None if patch.towards is None else (trial.y != patch.towards).nonzero()[:, 0]
+        if among is not None and not len(among):
+            return patch
         history = History(self.steps)
-        for step, rows in batches(trial, self.batch, self.steps):
-            adam.param_groups[0]["lr"] = self.step_size * (high - low) * falling(step, self.steps)
-            texture.grad = -self._gradient(trial, patch, texture, step, rows, history)
+        texture = patch.texture.to(trial.x).clone().requires_grad_(True)
+        adam = torch.optim.Adam([texture])
+        span = first / self.steps, last / self.steps
+        for step, rows in batches(trial, self.batch, last - first, among, span):
+            adam.param_groups[0]["lr"] = self.step_size * (high - low) * falling(step, last - first)
+            texture.grad = -self._gradient(trial, patch, texture, first + step, rows, history)
             adam.step()
             with torch.no_grad():
                 texture.clamp_(low, high)
-        levels = ((texture.detach().cpu() - low) / (high - low) * _LEVELS).round() / _LEVELS
-        return replace(patch, texture=(low + (high - low) * levels).clamp(low, high), history=history.entries)
+        return replace(patch, texture=texture.detach(), history=patch.history + history.entries)
 
     def _gradient(
         self, trial: Trial, patch: TrainedPatch, texture: Tensor, step: int, rows: Tensor, history: History
@@ -114,9 +179,9 @@ class AdversarialPatch(UniversalAttack):
         where = patch.ranges.draw(draws, patch.image, patch.size)
         with torch.enable_grad():
             worn = weathered(texture, draws, self.brightness, self.noise, trial.bounds)
-            points = where_allowed(trial, rows, placed(trial.x[rows], worn, patch.mask, where))
+            points = where_allowed(trial, rows, placed(trial.x[rows], worn, patch.mask, where, patch.size))
             # The box is left by rounding only; cutting that off inside the graph would stop every saturated texel.
-            answer, hit = uphill(trial, self.loss, rows, points.detach().clamp(*trial.bounds))
+            answer, hit = uphill(trial, self.loss, rows, points.detach().clamp(*trial.bounds), patch.towards)
             assert answer.gradient is not None
             assert answer.loss is not None
             (gradient,) = torch.autograd.grad((points * answer.gradient).sum() / len(rows), texture)
@@ -131,6 +196,8 @@ class AdversarialPatch(UniversalAttack):
                 f"brightness={self.brightness}, noise={self.noise}, step_size={self.step_size}, "
                 f"resolution={self.resolution}: none negative, a positive step, at least 1"
             )
+        if not 0 <= self.scouting < 1:
+            raise RobustError(f"scouting={self.scouting:g}: the scouts take a share of the steps in [0, 1)")
         assert isinstance(self.threat, Patch)
         if trial.x.dim() != 4:
             raise DataError(f"patch needs images (N, C, H, W); x is {tuple(trial.x.shape)}")
@@ -148,9 +215,15 @@ class AdversarialPatch(UniversalAttack):
         ]
         noise = noise.repeat_interleave(self.resolution, 1).repeat_interleave(self.resolution, 2)
         classes = [] if trial.targets is None else trial.targets.unique().tolist()
+        if mask is None:
+            # A square's edge is straight at any resolution; a disc's is not.
+            finer = 1 if self.shape == "rectangle" else self.resolution
+            mask = shape_mask(self.shape, finer * sides[0], finer * sides[1])
+        mask = mask.detach().cpu().float()
         return TrainedPatch(
             texture=low + (high - low) * noise,
-            mask=shape_mask(self.shape, *sides) if mask is None else mask.detach().cpu().float(),
+            mask=mask,
+            sides=None if self.share is None else full_size(self.share, mask, sides, (height, width)),
             image=(height, width),
             bounds=trial.bounds,
             ranges=ranges,
@@ -158,3 +231,8 @@ class AdversarialPatch(UniversalAttack):
             noise=self.noise,
             target=classes[0] if len(classes) == 1 else None,
         )
+
+
+def _parts(trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
+    """The trial's samples and their identities, some at a time."""
+    return zip(trial.x.split(64), trial.index.split(64), strict=True)

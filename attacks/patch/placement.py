@@ -50,7 +50,7 @@ class Ranges:
                 f"rotation={self.rotation}, scale {self.smallest} to {self.largest}: in [0, 180], positive, ascending"
             )
 
-    def draw(self, draws: Draws, image: tuple[int, int], patch: tuple[int, int]) -> Placements:
+    def draw(self, draws: Draws, image: tuple[int, int], patch: tuple[float, float]) -> Placements:
         """Keyed placements, one per row of `draws`: uniform in angle, scale and place, wholly inside the image.
 
         Args:
@@ -63,7 +63,7 @@ class Ranges:
 
 
 def inside(
-    place: Tensor, angle: Tensor, scale: Tensor, image: tuple[int, int], patch: tuple[int, int]
+    place: Tensor, angle: Tensor, scale: Tensor, image: tuple[int, int], patch: tuple[float, float]
 ) -> Placements:
     """Placements at shares `place` (N, 2) in [0, 1] of the room that the turned and scaled patch leaves."""
     half = extents(angle, scale, patch) / 2
@@ -73,16 +73,23 @@ def inside(
     return Placements(angle, scale, centre[:, 0], centre[:, 1])
 
 
-def upright(draws: Draws, image: tuple[int, int], patch: tuple[int, int]) -> Placements:
-    """Keyed placements on whole pixels, neither turned nor scaled: the patch as its threat allows it."""
+def upright(
+    draws: Draws, image: tuple[int, int], patch: tuple[int, int], size: tuple[float, float] | None = None
+) -> Placements:
+    """Keyed placements on whole pixels, not turned: the patch as its threat, sides `patch`, allows it.
+
+    A patch of another `size` than the threat's sides is scaled until it fits them.
+    """
     place = draws.uniform(2)
     room = torch.tensor([max(a - b, 0) + 1 for a, b in zip(image, patch, strict=True)]).to(place)
     corner = (place * room).floor()
     centre = corner + (torch.tensor(patch).to(place) - 1) / 2
-    return Placements(torch.zeros_like(place[:, 0]), torch.ones_like(place[:, 0]), centre[:, 0], centre[:, 1])
+    scale = 1.0 if size is None else min(a / b for a, b in zip(patch, size, strict=True))
+    flat = torch.zeros_like(place[:, 0])
+    return Placements(flat, torch.full_like(flat, scale), centre[:, 0], centre[:, 1])
 
 
-def extents(angle: Tensor, scale: Tensor, patch: tuple[int, int]) -> Tensor:
+def extents(angle: Tensor, scale: Tensor, patch: tuple[float, float]) -> Tensor:
     """(N, 2) height and width, in pixels, of the upright rectangle around a turned and scaled patch."""
     radians = angle * (math.pi / 180)
     sine, cosine = radians.sin().abs(), radians.cos().abs()
@@ -90,16 +97,19 @@ def extents(angle: Tensor, scale: Tensor, patch: tuple[int, int]) -> Tensor:
     return scale[:, None] * torch.stack([height * cosine + width * sine, height * sine + width * cosine], 1)
 
 
-def placed(x: Tensor, texture: Tensor, mask: Tensor, placements: Placements) -> Tensor:
+def placed(
+    x: Tensor, texture: Tensor, mask: Tensor, placements: Placements, size: tuple[float, float] | None = None
+) -> Tensor:
     """Images with the patch in them, sampled bilinearly; differentiable in the texture.
 
     Args:
         x: (N, C, H, W) images.
         texture: (C, a, b), or (N, C, a, b) with one for each image: the patch's picture, at any resolution.
-        mask: (h, w) in [0, 1]: how far the patch covers what is behind it; h and w are its sides in pixels at scale 1.
+        mask: (h, w) in [0, 1]: how far the patch covers what is behind it, at any resolution.
+        size: the patch's height and width in pixels at scale 1; the mask's own h and w if None.
     """
     texture = texture.expand(len(x), *texture.shape[-3:])
-    grid = _grid(x, placements, (mask.shape[0], mask.shape[1]))
+    grid = _grid(x, placements, (mask.shape[0], mask.shape[1]) if size is None else size)
     colour = F.grid_sample(texture, grid, padding_mode="border", align_corners=False)
     whole = mask.to(x).expand(len(x), 1, *mask.shape)
     cover = F.grid_sample(whole, grid, padding_mode="zeros", align_corners=False)
@@ -107,7 +117,7 @@ def placed(x: Tensor, texture: Tensor, mask: Tensor, placements: Placements) -> 
     return x * (1 - cover) + colour * cover
 
 
-def _grid(x: Tensor, placements: Placements, patch: tuple[int, int]) -> Tensor:
+def _grid(x: Tensor, placements: Placements, patch: tuple[float, float]) -> Tensor:
     """(N, H, W, 2) where each pixel of the images lies on the patch, in grid_sample's coordinates (across, down)."""
     radians = placements.angle.to(x) * (math.pi / 180)
     sine, cosine = (value[:, None, None] for value in (radians.sin(), radians.cos()))
@@ -131,6 +141,21 @@ def shape_mask(shape: str, height: int, width: int) -> Tensor:
     down = (torch.arange(height) - (height - 1) / 2) / (height / 2)
     across = (torch.arange(width) - (width - 1) / 2) / (width / 2)
     return (down[:, None].square() + across[None].square() <= 1).float()
+
+
+def full_size(
+    share: float, mask: Tensor, sides: tuple[int, int], image: tuple[int, int]
+) -> tuple[float, float]:
+    """Height and width in pixels, in the ratio of `sides`, with which `mask` covers `share` of an image's area.
+
+    At most as large as the image: then it covers less.
+    """
+    if not 0 < share <= 1:
+        raise RobustError(f"share={share:g}: a patch covers a share of the area in (0, 1], such as 0.1")
+    height, width = sides
+    factor = math.sqrt(share * image[0] * image[1] / (float(mask.mean()) * height * width))
+    factor = min(factor, image[0] / height, image[1] / width)
+    return height * factor, width * factor
 
 
 def patch_threat(share: float, height: int, width: int, shape: str = "rectangle") -> Patch:

@@ -14,9 +14,11 @@ from robust.attacks.patch.placement import Placements, Ranges, inside, placed, u
 from robust.attacks.patch.printing import print_patch
 from robust.attacks.trial import Trial
 from robust.attacks.universal.perturbation import read_change
+from robust.attacks.warp import held
 from robust.ball import Bounds
 from robust.errors import DataError, RobustError
 from robust.rng import Draws, identities
+from robust.threat import Patch
 
 
 @dataclass(eq=False)
@@ -25,13 +27,15 @@ class TrainedPatch:
 
     Attributes:
         texture: (C, a, b) in the box, on 256 levels of it: what is printed is what was measured.
-        mask: (h, w) in [0, 1]: how far the patch covers what is behind it; h and w are its sides in pixels at scale 1.
+        mask: (h, w) in [0, 1]: how far the patch covers what is behind it.
         image: height and width of the images that it was learnt on.
         bounds: the model's box.
         ranges: angles and scales that it was learnt for.
         brightness, noise: what it was learnt to stand, in shares of the box's width: light on all of it, and each
             pixel's deviation in print.
         target: the class it leads to; None if it leads away from the true one, or to one class per sample.
+        towards: the class that leading away from the true ones was best done by leading to; None if there is none.
+        sides: its height and width in pixels at scale 1; None: the mask's h and w.
         history, cost: how the search went, and model passes by name.
     """
 
@@ -43,13 +47,15 @@ class TrainedPatch:
     brightness: float = 0.0
     noise: float = 0.0
     target: int | None = None
+    towards: int | None = None
+    sides: tuple[float, float] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> tuple[float, float]:
         """Height and width in pixels of the images it was learnt on."""
-        return self.mask.shape[0], self.mask.shape[1]
+        return (self.mask.shape[0], self.mask.shape[1]) if self.sides is None else self.sides
 
     @property
     def cover(self) -> Tensor:
@@ -59,7 +65,8 @@ class TrainedPatch:
     @property
     def area(self) -> float:
         """The share of the image that it covers at scale 1."""
-        return float(self.mask.sum()) / (self.image[0] * self.image[1])
+        height, width = self.size
+        return float(self.mask.mean()) * height * width / (self.image[0] * self.image[1])
 
     def apply(
         self,
@@ -93,20 +100,22 @@ class TrainedPatch:
         texture = self.texture.to(x.device)
         if draws is not None:
             texture = weathered(texture, draws, self.brightness, self.noise, self.bounds)
-        return placed(x.float(), texture, self.mask, placements).clamp(*self.bounds).to(x.dtype)
+        return placed(x.float(), texture, self.mask, placements, self.size).clamp(*self.bounds).to(x.dtype)
 
     def control(self, seed: int = 0) -> TrainedPatch:
         """Keyed noise in the same shape, one colour per pixel: what merely covering that part of an image does."""
         low, high = self.bounds
         draws = Draws(seed, "control", torch.zeros(1, dtype=torch.long))
-        noise = draws.uniform(len(self.texture), *self.size)
+        noise = draws.uniform(len(self.texture), *(max(round(side), 1) for side in self.size))
         blocks = F.interpolate(noise, self.texture.shape[1:], mode="nearest-exact")[0]
         return replace(self, texture=low + (high - low) * blocks, history=[])
 
     def points(self, trial: Trial) -> Tensor:
-        """The trial's samples with the patch upright, at its own size and at keyed places: within its threat."""
+        """The trial's samples with the patch upright at keyed places, as large as the trial's threat allows."""
+        assert isinstance(trial.threat, Patch)
         draws = Draws(trial.seed, "patch/upright", identities(trial.index))
-        where = upright(draws, (trial.x.shape[2], trial.x.shape[3]), self.size)
+        sides = trial.threat.height, trial.threat.width
+        where = upright(draws, (trial.x.shape[2], trial.x.shape[3]), sides, self.size)
         return trial.threat.project(self.at(trial.x, where), trial.x, trial.bounds)
 
     def axes(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -166,7 +175,7 @@ class TrainedPatch:
         """Writes a safetensors file with what `load` needs."""
         from robust.checkpoint import write_tensors
 
-        names = ("image", "bounds", "brightness", "noise", "target", "history", "cost")
+        names = ("image", "bounds", "brightness", "noise", "target", "towards", "sides", "history", "cost")
         facts = {"ranges": asdict(self.ranges), **{name: getattr(self, name) for name in names}}
         tensors = {"texture": self.texture, "mask": self.mask}
         write_tensors(Path(path), tensors, {"format": "pt", "patch": json.dumps(facts)})
@@ -177,6 +186,8 @@ class TrainedPatch:
         tensors, facts = read_change(Path(path), "patch")
         (height, width), (low, high) = facts.pop("image"), facts.pop("bounds")
         ranges = Ranges(**facts.pop("ranges"))
+        if facts.get("sides") is not None:
+            facts["sides"] = tuple(facts["sides"])
         return cls(tensors["texture"], tensors["mask"], (height, width), (low, high), ranges, **facts)
 
     def _check(self, x: Tensor) -> None:
@@ -191,4 +202,4 @@ def weathered(texture: Tensor, draws: Draws, brightness: float, noise: float, bo
     width = bounds[1] - bounds[0]
     light = (2 * draws.branch("light").uniform().to(texture) - 1) * brightness
     grain = draws.branch("print").normal(*texture.shape).to(texture) * noise
-    return (texture + width * (light[:, None, None, None] + grain)).clamp(*bounds)
+    return held(texture + width * (light[:, None, None, None] + grain), *bounds)

@@ -176,18 +176,25 @@ def scores_of(trial: Trial, points: Tensor) -> Tensor:
     return torch.cat([trial.answer(Query(part, "logits")).scores for part in points.split(64)])
 
 
-def batches(trial: Trial, size: int, steps: int) -> Iterator[tuple[int, Tensor]]:
-    """(step, rows) of `steps` mini-batches of one size, over one keyed order of the samples after the other."""
-    count, device = len(trial.x), trial.x.device
-    size = min(size, count)
+def batches(
+    trial: Trial, size: int, steps: int, among: Tensor | None = None, span: tuple[float, float] = (0.0, 1.0)
+) -> Iterator[tuple[int, Tensor]]:
+    """(step, rows) of `steps` mini-batches of one size, over one keyed order of the samples after the other.
+
+    Args:
+        among: the rows that take part; None for all.
+        span: the part of the whole work's progress that these steps are.
+    """
+    index, device = trial.index if among is None else trial.index[among.cpu()], trial.x.device
+    size = min(size, len(index))
     held, epoch = torch.zeros(0, dtype=torch.long), 0
     for step in range(steps):
         while len(held) < size:
-            keys = Draws(trial.seed, "order", identities(trial.index), epoch).bits(1)[:, 0]
+            keys = Draws(trial.seed, "order", identities(index), epoch).bits(1)[:, 0]
             held, epoch = torch.cat([held, keys.argsort(stable=True)]), epoch + 1
         rows, held = held[:size], held[size:]
-        yield step, rows.to(device)
-        trial.progress((step + 1) / steps)
+        yield step, rows.to(device) if among is None else among[rows.to(device)]
+        trial.progress(span[0] + (span[1] - span[0]) * (step + 1) / steps)
 
 
 def hasten(trial: Trial, gradients: int) -> None:
@@ -211,10 +218,17 @@ def hasten(trial: Trial, gradients: int) -> None:
         trial.twin.compiling = on_gpu or (found is not None and worth_compiling(gradients * 3 * found.flops))
 
 
-def uphill(trial: Trial, loss: str, rows: Tensor, points: Tensor) -> tuple[Answer, Tensor]:
-    """Scores, loss and input gradient of some samples' points, and which of them are fooled."""
+def uphill(
+    trial: Trial, loss: str, rows: Tensor, points: Tensor, aim: int | None = None
+) -> tuple[Answer, Tensor]:
+    """Scores, loss and input gradient of some samples' points, and which of them are fooled.
+
+    With `aim` the loss leads an untargeted trial's samples to that class; fooled is any that is misclassified.
+    """
     own: dict[str, Tensor] = {"y": trial.y[rows]}
-    aimed = targets_of(trial.targets, rows)
+    aimed = goal = targets_of(trial.targets, rows)
+    if aim is not None:
+        aimed = torch.full_like(own["y"], aim)
     if aimed is not None:
         own["target"] = aimed
     if loss == "kl":
@@ -222,7 +236,7 @@ def uphill(trial: Trial, loss: str, rows: Tensor, points: Tensor) -> tuple[Answe
     query = Query(points.detach(), "loss_grad", loss=get_loss(loss))
     trial.prepare(query, own)
     answer = trial.answer(query, own)
-    return answer, misclassified(answer.scores, own["y"], aimed)
+    return answer, misclassified(answer.scores, own["y"], goal)
 
 
 def falling(step: int, steps: int) -> float:

@@ -71,7 +71,7 @@ def _rates(found: Mapping[str, Mapping[str, Any]]) -> str:
             [
                 f"`{name}`",
                 _limit(record),
-                record["target_name"] or "",
+                record["target_name"] or (f"({record['towards']})" if record.get("towards") else ""),
                 _percent(record["success_rate"]),
                 " to ".join(_percent(value) for value in record["interval"]),
                 f"{record['attempted']:,}",
@@ -106,7 +106,8 @@ def _transfer(found: Mapping[str, Mapping[str, Any]]) -> str:
 def _limit(record: Mapping[str, Any]) -> str:
     threat = record["threat"]
     if "area" in record:
-        return f"{threat['height']} × {threat['width']}, {_percent(record['area'])} of the area"
+        height, width = record["shape"]
+        return f"{height:.4g} × {width:.4g}, {_percent(record['area'])} of the area"
     return f"{threat['norm']} {255 * threat['eps']:.3g}/255"
 
 

@@ -346,5 +346,6 @@ def _corners(grid: dict[str, Any]) -> str:
 def _limit(summary: dict[str, Any]) -> str:
     threat = summary["threat"]
     if "area" in summary:
-        return f"patch {threat['height']} × {threat['width']}, {options.percent(summary['area'])} of the area"
+        height, width = summary["shape"]
+        return f"patch {height:.4g} × {width:.4g}, {options.percent(summary['area'])} of the area"
     return f"{threat['norm']} {options.radius(threat['eps'])}"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from robust.attacks.blackbox.rotation_translation import make_grid, transformed
+from robust.attacks.warp import pixel_grid, sample
 from robust.attacks.whitebox.jsma import best_pair
 from robust.attacks.whitebox.stadv import flowed, roughness
 
@@ -54,3 +55,11 @@ def test_a_flow_reads_where_it_points_and_its_slope_is_right() -> None:
     assert float(roughness(right)) == pytest.approx(0, abs=0.02)
     flow = (0.3 + 0.2 * torch.rand(1, 2, 5, 6)).double().requires_grad_(True)
     assert torch.autograd.gradcheck(lambda at: flowed(x, at), flow)
+
+
+def test_a_place_on_the_images_edge_keeps_its_gradient() -> None:
+    x = torch.rand(1, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    down, across = (place[None].clone().requires_grad_(True) for place in pixel_grid(4, 5, x))
+    (gradient,) = torch.autograd.grad(sample(x, down, across, None).sum(), across)
+    expected = torch.cat([x[0, 0, :, 1:] - x[0, 0, :, :-1], torch.zeros(4, 1)], 1)
+    torch.testing.assert_close(gradient[0], expected)

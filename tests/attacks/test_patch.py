@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from robust.attacks.patch.placement import (
     Placements,
     Ranges,
     extents,
+    full_size,
     patch_threat,
     placed,
     shape_mask,
     upright,
 )
-from robust.attacks.patch.trained import TrainedPatch
+from robust.attacks.patch.trained import TrainedPatch, weathered
 from robust.classifier import Classifier
 from robust.errors import DataError, RobustError, ThreatError
 from robust.rng import Draws
@@ -123,6 +125,54 @@ def test_a_tenth_of_a_cifar_image_is_at_most_a_tenth(shape: str, side: int) -> N
     assert 0.09 < float(shape_mask(shape, side, side).sum()) / 1024 <= 0.1
 
 
+@pytest.mark.parametrize("shape", ["rectangle", "round"])
+def test_a_patch_of_a_share_covers_that_share_and_its_scaled_area_on_average(shape: str) -> None:
+    clf, x, y = small(n=8)
+    attack = AdversarialPatch.sized(0.3, *x.shape[2:], shape=shape, steps=2, resolution=3)
+    found = attack.fit(clf, x, y)
+    assert found.area == pytest.approx(0.3, rel=1e-6)
+    assert min(found.size) > min(attack.threat.height, attack.threat.width), "whole pixels are less"  # type: ignore[attr-defined]
+    white = replace(found, texture=torch.ones(1, *found.texture.shape[1:]), image=(32, 32))
+    cover = white.apply(torch.zeros(400, 1, 32, 32), scale=1.2).sum((1, 2, 3))
+    assert float(cover.mean()) == pytest.approx(1.2**2 * 0.3 * x.shape[2] * x.shape[3], rel=0.01)
+
+
+def test_a_patch_of_a_share_is_never_larger_than_the_image() -> None:
+    assert full_size(1.0, shape_mask("round", 8, 8), (8, 8), (8, 10)) == (8.0, 8.0)
+    with pytest.raises(RobustError, match="share"):
+        full_size(1.1, torch.ones(2, 2), (2, 2), (8, 8))
+
+
+class Lured(nn.Module):
+    """Red raises class 1, but never above class 0; blue raises class 2 above, where there is little red."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 0.6]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, 3) of the sums of two channels; a plain black image is class 0."""
+        red, blue = x.sum((2, 3))[:, ::2].unbind(1)
+        first = 5.9 - self.weight[0] * (8 - red).relu()
+        return torch.stack([torch.full_like(red, 6.0), first, 3 + self.weight[1] * (blue / 2 - red)], 1)
+
+
+def test_scouts_find_the_class_that_leading_away_from_the_true_one_runs_past() -> None:
+    clf, x = Classifier(Lured().eval()), torch.zeros(20, 3, 16, 16)
+    y = torch.zeros(20, dtype=torch.long)
+    fields = {"rotation": 0.0, "min_scale": 1.0, "max_scale": 1.0, "brightness": 0.0, "noise": 0.0}
+    attack = AdversarialPatch(
+        threat=Patch(height=4, width=4), steps=160, batch=5, step_size=0.1, scouting=0.5, **fields
+    )  # type: ignore[arg-type]
+    found = attack.fit(clf, x, y)
+    assert (found.target, found.towards) == (None, 2)
+    assert bool((clf.logits(found.apply(x)).argmax(1) == 2).all())
+    assert found.cost["backwards"] <= 160 * 5, "scouts take their steps from the whole"
+    alone = replace(attack, scouting=0.0).fit(clf, x, y)
+    assert alone.towards is None
+    assert bool((clf.logits(alone.apply(x)).argmax(1) == 0).all()), "red is as far as it gets"
+
+
 class Tinted(nn.Module):
     """Scores that depend on the sums of the channels only, wherever they come from."""
 
@@ -144,7 +194,7 @@ def test_towards_a_class_the_patch_takes_the_colour_that_the_weights_say() -> No
     found = attack.fit(clf, x, y, targets=1)
     assert found.target == 1
     # The gradient in every texel has the sign of w_1 − w_0 weighted by p_0, and of w_1 − w_2 by p_2: here they agree.
-    best = torch.tensor([1.0, 0.0, 1.0])[:, None, None].expand(3, 12, 12)
+    best = torch.tensor([1.0, 0.0, 1.0])[:, None, None].expand(3, 8, 8)
     assert torch.allclose(found.texture, best, atol=0.02)
     assert torch.equal((found.texture * 255).round() / 255, found.texture), "on 256 levels, as it is printed"
 
@@ -219,7 +269,7 @@ def test_an_impossible_print_is_one_line(tmp_path: Path, width_mm: float, dpi: f
 
 
 def test_a_patch_is_stored_whole(tmp_path: Path) -> None:
-    one = patch(brightness=0.2, noise=0.1, target=3, history=[{"step": 1.0}])
+    one = patch(brightness=0.2, noise=0.1, target=3, history=[{"step": 1.0}], sides=(4.2, 6.3))
     one.save(tmp_path / "patch.safetensors")
     two = TrainedPatch.load(tmp_path / "patch.safetensors")
     x = torch.rand(3, 3, 32, 32)
@@ -249,7 +299,14 @@ def test_what_cannot_be_is_one_line() -> None:
     clf, x, y = small(n=4)
     with pytest.raises(ThreatError, match="does not fit"):
         AdversarialPatch(threat=Patch(height=9, width=3)).run(clf, x, y)
-    for fields in ({"rotation": 181.0}, {"min_scale": 2.0}, {"noise": -1.0}, {"steps": 0}, {"shape": "star"}):
+    for fields in (
+        {"rotation": 181.0},
+        {"min_scale": 2.0},
+        {"noise": -1.0},
+        {"steps": 0},
+        {"scouting": 1.0},
+        {"shape": "star"},
+    ):
         with pytest.raises(RobustError):
             AdversarialPatch(threat=Patch(height=3, width=3), **fields).run(clf, x, y)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="photograph"):
@@ -260,3 +317,15 @@ def test_what_cannot_be_is_one_line() -> None:
         patch_threat(0.0, 32, 32)
     with pytest.raises(RobustError, match="no sample"):
         AdversarialPatch(threat=Patch(height=3, width=3)).fit(clf, x[:0], y[:0])
+
+
+@pytest.mark.parametrize("brightness", [0.0, 0.2])
+def test_a_texel_at_the_boxs_edge_keeps_its_gradient(brightness: float) -> None:
+    texture = torch.tensor([0.0, 1.0, 0.5, 1.0]).view(1, 2, 2).requires_grad_(True)
+    draws = Draws(0, "test", torch.arange(400))
+    worn = weathered(texture, draws, brightness, 0.0, (0.0, 1.0))
+    (gradient,) = torch.autograd.grad(worn.mean(0).sum(), texture)
+    assert worn.min() >= 0
+    assert worn.max() <= 1
+    inside = 1.0 if brightness == 0 else 0.5  # light lifts half of the draws over the edge
+    assert gradient.flatten().tolist() == pytest.approx([inside, inside, 1.0, inside], abs=0.1)

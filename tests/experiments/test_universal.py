@@ -64,14 +64,14 @@ def test_a_record_is_consistent_and_names_its_conditions(path: Path) -> None:
         assert record[key] not in (None, ""), key
     if case.attack == "patch":
         patch = TrainedPatch.load(path.with_suffix(".safetensors"))
-        assert patch.area == record["area"] <= 0.1
+        assert patch.area == record["area"] == pytest.approx(0.1, rel=1e-9), "a tenth, but for rounding"
         assert (patch.ranges.rotation, patch.ranges.smallest, patch.ranges.largest) == (20.0, 0.8, 1.2)
         assert path.with_suffix(".png").exists()
 
 
 def test_what_must_be_shown_is_shown_or_spoken_of() -> None:
     held = {path.stem: read_json(path)["holds"] for path in RECORDS}
-    for name in ("uap", "patch-to-automobile", "patch-to-bird"):
+    for name in ("patch", "uap", "patch-to-automobile", "patch-to-bird"):
         assert held[name], name
     short = {name for name, holds in held.items() if holds is False}
     said = page.README.read_text(encoding="utf-8").partition(page.PAGE.begin)[0]

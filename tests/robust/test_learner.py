@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robust.attacks import PGD, get
 from robust.classifier import Classifier, RobustWarning
 from robust.data import load_data
+from robust.defenses.training import REGISTRY as recipes
 from robust.errors import ConfigError, RunError
 from robust.fit import fit
 from robust.learner import Arithmetic, Learner
@@ -219,3 +220,9 @@ def test_a_setting_that_does_not_exist_is_one_line_with_the_nearest() -> None:
         fit(linear(), blobs(), loss=cross_entropy, epochs=1, weight_decy=0.1)
     with pytest.raises(ConfigError, match="epochs is missing"):
         fit(linear(), blobs(), loss=cross_entropy)
+
+
+def test_a_loss_of_a_gradient_is_not_compiled() -> None:
+    recipe = recipes.load("fast")(eps=0.1, alignment=0.2)
+    with pytest.raises(ConfigError, match="compiled=true cannot be trained with: Fast"):
+        fit(linear(), blobs(), loss=recipe, epochs=1, compiled=True)

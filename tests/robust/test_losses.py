@@ -41,7 +41,7 @@ def ranked(z: Tensor, place: int) -> Tensor:
 
 def escaped(p: Tensor) -> Tensor:
     """The loss `escape` of the goal's probability."""
-    return (p + 0.03).log() + 0.1 * p.log()
+    return (p + 0.01).log() + 0.1 * p.log()
 
 
 UNTARGETED: dict[str, Formula] = {

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from robust.classifier import Classifier
 from robust.cli.main import run
+from robust.data import load_data
+from robust.models import load_model
 from robust.registry import room
 from robust.universal import Outcome, outcome, success_grid
 from robust.universal_run import doubts, learn_and_measure
@@ -221,3 +223,21 @@ def test_images_that_nothing_can_fool_are_reported_and_not_divided_by() -> None:
     found = learn_and_measure(attack, clf, data, threes, name="patch", target=3)
     assert found.summary["success_rate"] is None
     assert "no unseen image counts" in found.summary["warnings"][-1]
+
+
+def test_an_untargeted_patch_says_which_class_it_leads_to(tmp_path: Path) -> None:
+    data = load_data("digits", n=60)
+    attack = room("attacks").load("patch").sized(0.2, 8, 8, steps=60, batch=8)
+    found = learn_and_measure(
+        attack, load_model("zoo:digits"), data.subset(range(30)), data.subset(range(30, 60)), name="patch"
+    )
+    assert found.summary["target"] is None
+    assert found.summary["towards"] == data.classes[found.change.towards]
+    assert found.summary["area"] == pytest.approx(0.2)
+    found.write(tmp_path)
+    text = " ".join((tmp_path / "report.html").read_text().split())
+    assert (
+        f"by leading to {found.summary['towards']}, whose own images it therefore hardly fools. Each" in text
+    )
+    side = f"{found.change.size[0]:.4g}"
+    assert f"{side} × {side} pixels, 20.0 % of the image" in text
