@@ -47,17 +47,17 @@ class Certificate:
         """The norm of the radii."""
         return self.norms[0]
 
-    def certify(self, x: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
-        """Classes (N,) int64 and radii (N,) float64 in the unit of x (N, C, H, W)."""
+    def certify(self, *x: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+        """Classes (N,) int64 and radii (N,) float64 in the unit of x, one tensor (N, C, H, W) in the box."""
         raise NotImplementedError(f"{type(self).__name__} certifies nothing")
 
-    def records(self, x: Tensor, *, index: Tensor | None = None, **settings: Any) -> list[Record]:
+    def records(self, *x: Any, **settings: Any) -> list[Record]:
         """One record a sample, for JSON: ``class`` (-1 where it abstains), ``radius``, and what they rest on.
 
         Args:
-            x: (N, C, H, W) in the box.
-            index: (N,) the samples' identities, which key all randomness; by default 0…N−1.
-            settings: the method's own, as `certify` takes them.
+            x: one tensor (N, C, H, W) in the box.
+            settings: ``index``, (N,) the samples' identities, which key all randomness, by default 0…N−1; and the
+                method's own, as `certify` takes them.
         """
         raise NotImplementedError(f"{type(self).__name__} certifies nothing")
 

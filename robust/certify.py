@@ -143,13 +143,17 @@ def _beside(verdict: Verdict, norm: str, digests: Sequence[str]) -> dict[str, An
     """What a verdict on the same samples measured; anything else is one line."""
     threat = verdict.manifest["threat"]["norm"]
     if threat != norm:
-        raise RunError(f"the verdict is about {threat}, the certificate about {norm}; they cannot be compared")
+        raise RunError(
+            f"the verdict is about {threat}, the certificate about {norm}; they cannot be compared"
+        )
     if list(verdict.samples.digest) != list(digests):
-        raise RunError("the verdict is about other samples; evaluate and certify the same data, as many of it")
+        raise RunError(
+            "the verdict is about other samples; evaluate and certify the same data, as many of it"
+        )
     return {
         "model": verdict.manifest["model"]["name"],
         "suite": verdict.suite,
-        "curve": [[float(eps), float(accuracy)] for eps, accuracy in verdict.curve],
+        "curve": [[0.0, verdict.clean_accuracy], *([float(e), float(a)] for e, a in verdict.curve if e > 0)],
         "out": None if verdict.out is None else str(verdict.out),
     }
 

@@ -94,7 +94,9 @@ class Ballot:
                 who = index[top : top + rows].to(device, torch.int64)
                 for start in range(0, copies, each):
                     best = self._vote(part, who, first + start, each, stream)
-                    if start + each > copies:  # the last batch has its full shape, and its excess does not vote
+                    if (
+                        start + each > copies
+                    ):  # the last batch has its full shape, and its excess does not vote
                         best.view(len(part), each)[:, copies - start :] = -1
                     counts[top : top + rows] = vote_counts(best, counts[top : top + rows], each)
         return counts.cpu().numpy()

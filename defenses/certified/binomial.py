@@ -90,7 +90,9 @@ class Plan:
     def shares(self) -> tuple[float, ...]:
         """What each look spends of alpha; they add up to it."""
         early = len(self.looks) - 1
-        return (*([_EARLY * self.alpha / early] * early), (1 - _EARLY if early else 1.0) * self.alpha)
+        if not early:
+            return (self.alpha,)
+        return (*([_EARLY * self.alpha / early] * early), (1 - _EARLY) * self.alpha)
 
     def run(self, draw: Draw, rows: int) -> Decisions:
         """Looks until every row's thresholds are shown or given up.

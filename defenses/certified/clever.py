@@ -72,9 +72,7 @@ class CLEVER(Certificate):
         classes = torch.tensor([row["class"] for row in found], dtype=torch.int64)
         return classes, torch.tensor([row["radius"] for row in found], dtype=torch.float64)
 
-    def records(
-        self, x: Tensor, *, index: Tensor | None = None, radii: Sequence[float] = ()
-    ) -> list[Record]:
+    def records(self, x: Tensor, *, index: Tensor | None = None, radii: Sequence[float] = ()) -> list[Record]:
         """See `Certificate.records`."""
         width = self.clf.bounds[1] - self.clf.bounds[0]
         ball = max(radii, default=0.1 * width)
@@ -111,7 +109,8 @@ class CLEVER(Certificate):
                 logits = self.clf(at)
                 margins = logits[:, first, None] - logits[:, others]
                 gradients = [
-                    torch.autograd.grad(column.sum(), at, retain_graph=True)[0] for column in margins.unbind(1)
+                    torch.autograd.grad(column.sum(), at, retain_graph=True)[0]
+                    for column in margins.unbind(1)
                 ]
             found.append(torch.stack([threat.dual(gradient) for gradient in gradients], 1))
         norms: Array = torch.cat(found).double().cpu().numpy()

@@ -121,7 +121,7 @@ class _Reader:
         if kind is nn.ReLU:
             plain = module if not module.inplace else nn.ReLU()
             self._add(node, Step(node.name, "relu", inputs, plain))
-        elif kind is nn.MaxPool2d and not module.return_indices:
+        elif isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d and not module.return_indices:
             self._add(node, Step(node.name, "maxpool", inputs, module, pool=module))
         elif kind in _WEIGHTED:
             self._add(node, Step(node.name, "affine", inputs, module, _absolute(module)))

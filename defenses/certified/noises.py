@@ -66,7 +66,8 @@ def _flat(uniform: Tensor, sigma: float) -> Tensor:
 def _l2_radius(p: Array, sigma: float) -> Array:
     from scipy.special import ndtri
 
-    return np.maximum(sigma * ndtri(np.maximum(p, 0.5)), 0.0)
+    found: Array = np.maximum(sigma * ndtri(np.maximum(p, 0.5)), 0.0)
+    return found
 
 
 def _l2_probability(radius: float, sigma: float) -> float:
@@ -76,7 +77,8 @@ def _l2_probability(radius: float, sigma: float) -> float:
 
 
 def _laplace_radius(p: Array, sigma: float) -> Array:
-    return np.maximum(-sigma / math.sqrt(2) * np.log(2 * (1 - np.maximum(p, 0.5))), 0.0)
+    found: Array = np.maximum(-sigma / math.sqrt(2) * np.log(2 * (1 - np.maximum(p, 0.5))), 0.0)
+    return found
 
 
 def _uniform_radius(p: Array, sigma: float) -> Array:

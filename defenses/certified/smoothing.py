@@ -60,7 +60,9 @@ class RandomizedSmoothing(Certificate):
         self.require(0 < self.sigma < math.inf, f"sigma={self.sigma} is no noise; give a positive number")
         self.require(self.noise in NOISES, unknown("noise", self.noise, list(NOISES)))
         self.require(self.precision in PRECISIONS, unknown("precision", self.precision, list(PRECISIONS)))
-        self.require(self.batch is None or self.batch > 0, f"batch={self.batch} holds nothing; give 1 or more")
+        self.require(
+            self.batch is None or self.batch > 0, f"batch={self.batch} holds nothing; give 1 or more"
+        )
 
     @property
     def norm(self) -> str:
@@ -96,9 +98,7 @@ class RandomizedSmoothing(Certificate):
         Returns:
             Classes (N,) int64, -1 where it abstains, and radii (N,) float64 in the unit of x.
         """
-        found = self.records(
-            x, n0=n0, n=n, alpha=alpha, radii=radii, sequential=sequential, index=index
-        )
+        found = self.records(x, n0=n0, n=n, alpha=alpha, radii=radii, sequential=sequential, index=index)
         classes = torch.tensor([row["class"] for row in found], dtype=torch.int64)
         return classes, torch.tensor([row["radius"] for row in found], dtype=torch.float64)
 
@@ -142,9 +142,7 @@ class RandomizedSmoothing(Certificate):
             used = np.full(len(x), n)
         return self._told(selection, counts, used, lower, ballot.voter)
 
-    def _told(
-        self, selection: Counts, counts: Counts, used: Array, lower: Array, voter: str
-    ) -> list[Record]:
+    def _told(self, selection: Counts, counts: Counts, used: Array, lower: Array, voter: str) -> list[Record]:
         sure = lower > 0.5
         radius = np.where(sure, self._noise.radius(lower, self.sigma), 0.0)
         return [

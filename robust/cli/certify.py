@@ -183,7 +183,9 @@ def _run(
                 command=sys.argv, progress=meter,
             )  # fmt: skip
     except KeyboardInterrupt:
-        where = f"the same command with --resume --out {out} goes on where it was" if out else "nothing is kept"
+        where = (
+            f"the same command with --resume --out {out} goes on where it was" if out else "nothing is kept"
+        )
         raise options.Interrupted(f"stopped; {where}") from None
 
 
@@ -239,7 +241,7 @@ def _show(found: dict[str, Any], subject: options.Subject, out: Path | None) -> 
     beside = found.get("verdict")
     for head in (f"{found['norm']} radius", word, "95 % interval", *(["not broken"] if beside else [])):
         table.add_column(head)
-    curve = {eps: accuracy for eps, accuracy in beside["curve"]} if beside else {}
+    curve = dict(beside["curve"]) if beside else {}
     for row in found["certified_accuracy"]:
         low, high = (options.percent(value) for value in row["interval"])
         cells = [options.radius(row["radius"]), options.percent(row["accuracy"]), f"{low} to {high}"]

@@ -131,7 +131,9 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("card", "paper", "guarantee")))
+    columns = list(
+        dict.fromkeys(key for row in rows for key in row if key not in ("card", "paper", "guarantee"))
+    )
     for column in columns:
         table.add_column(title if column == "name" else column, no_wrap=column == "name")
     table.add_column("what it is", overflow="fold")
