@@ -14,6 +14,10 @@ REGISTRY = Registry(
         "tv-min": "robust.defenses.transforms.tvmin:TVMin",
         "gaussian-noise": "robust.defenses.transforms.noise:GaussianNoise",
         "random-crop": "robust.defenses.transforms.resize:RandomCrop",
+        "smoothing": "robust.defenses.certified.smoothing:RandomizedSmoothing",
+        "ibp": "robust.defenses.certified.ibp:IBP",
+        "crown": "robust.defenses.certified.crown:CROWN",
+        "clever": "robust.defenses.certified.clever:CLEVER",
     },
 )
 get = REGISTRY.load

@@ -28,6 +28,11 @@ def _key(seed: int, stream: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
+def stream_key(seed: int, stream: str) -> tuple[int, int]:
+    """The Philox key of a stream, with which `robust.cuda_ops.noise_batch` draws what `Draws` would."""
+    return _key(seed, stream)
+
+
 def derive(seed: int, *names: int | str) -> int:
     """A seed of 63 bits for the stream `names` below `seed`, for generators that want one number."""
     text = "/".join(str(part) for part in (seed, *names))

@@ -12,6 +12,7 @@ REGISTRY = Registry(
         "kernels": "robust.experiments.benchmarks.kernels:Kernels",
         "catalogue": "robust.experiments.benchmarks.catalogue:Catalogue",
         "training": "robust.experiments.benchmarks.training:TrainingStep",
+        "smoothing": "robust.experiments.benchmarks.smoothing:Smoothing",
     },
 )
 get = REGISTRY.load

@@ -84,6 +84,8 @@ def _row(registry: Registry, name: str) -> dict[str, Any]:
         row["knowledge"] = item.knowledge
     if hasattr(item, "attacked_by"):
         row |= {"kind": item.kind, "attacked by": item.attacked_by(), "paper": _papers(row["card"])}
+    if hasattr(item, "guarantee"):
+        row |= {"kind": item.kind, "guarantee": item.guarantee, "paper": _papers(row["card"])}
     if hasattr(item, "passes"):
         row |= {"paper": _papers(row["card"]), "cost": _cost_class(item.passes())}
     if hasattr(item, "gradients"):
@@ -129,7 +131,9 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("card", "paper")))
+    columns = list(
+        dict.fromkeys(key for row in rows for key in row if key not in ("card", "paper", "guarantee"))
+    )
     for column in columns:
         table.add_column(title if column == "name" else column, no_wrap=column == "name")
     table.add_column("what it is", overflow="fold")

@@ -138,6 +138,8 @@ def make_defenses(texts: Sequence[str] | None) -> tuple[Defense, ...]:
             kind = room("defenses").load(name)
         except UnknownName as error:
             raise UnknownName(f"--defense: {error}") from None
+        if kind.kind != "transform":
+            raise ConfigError(f"--defense: {name} wraps no model; it is for robust certify --method {name}")
         given = parse_settings(rest.split(","), "--defense") if colon else {}
         try:
             found.append(from_mapping(given, kind, f"--defense {name}"))
