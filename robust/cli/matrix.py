@@ -367,9 +367,9 @@ def _show(record: dict[str, Any], folder: Path) -> None:
 
     from robust.report_matrix import FIGURE, PAGE, entries, heads, title
 
-    print(title(record))
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("accuracy left, %", overflow="fold")
+    print(f"accuracy left in percent, {title(record)}")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("model", overflow="fold")
     for head in heads(record):
         grid.add_column(head, justify="right", no_wrap=True)
     for row in record["rows"]:
