@@ -39,7 +39,7 @@ class Smoothing(Benchmark):
     """
 
     name: ClassVar[str] = "smoothing"
-    samples: ClassVar[int] = 16
+    samples: ClassVar[int] = 32  # of which compiling pays on a ResNet-20
     modes: ClassVar[tuple[Precision, ...]] = ("float32", "bfloat16")
 
     def measure(self, work: Work) -> dict[str, Any]:

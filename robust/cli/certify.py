@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from robust.verdict import Verdict
 
 METHODS = ("smoothing", "ibp", "crown", "clever")
+NOISES, PRECISIONS = ("gaussian", "laplace", "uniform"), ("float32", "original", "bfloat16")
 _SMOOTHING = {"sigma": "0.25", "n0": 100, "n": 10_000, "alpha": "0.001", "noise": "gaussian"}
 
 Method = Annotated[str, typer.Option("--method", metavar="NAME", help="smoothing, ibp, crown or clever.")]
@@ -119,34 +120,26 @@ def certify(
     as_json: options.Json = False,
 ) -> None:
     """Certify radii within which no attack can change the class, with their confidence."""
-    given = {"sigma": sigma, "n0": n0, "n": n, "alpha": alpha, "noise": noise}
+    votes = {"sigma": sigma, "n0": n0, "n": n, "alpha": alpha, "noise": noise}
     kind = _kind(method)
+    _refuse(method, votes, radius=radius, sequential=sequential, norm=norm, eps=eps, precision=precision)
     smooth = method == "smoothing"
-    _refuse(method, given, radius=radius, sequential=sequential, norm=norm, eps=eps, precision=precision)
-    level = options.number(sigma, "--sigma")
-    if smooth and not 0 < level < float("inf"):
-        raise ConfigError(f"--sigma: {sigma} is no noise; give a positive number such as 0.25")
-    wanted = (radius or f"{level:g},{2 * level:g}") if smooth else eps
+    fields, settings = _smoothing(votes, sequential, precision, seed) if smooth else ({}, {})
     place = ("l2" if noise == "gaussian" else "l1") if smooth else (norm or "linf")
     if place not in kind.norms:
         raise ConfigError(f"--norm: {method} has no {place} form; it knows {', '.join(kind.norms)}")
     if samples < 1:
         raise ConfigError(f"--samples: {samples} points cannot be certified; give at least 1")
     subject = options.make_subject(
-        model, data, place, wanted, n=samples, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds,
-        device=device, data_root=data_root,
+        model, data, place, (radius or _usual(fields["sigma"])) if smooth else eps, n=samples, seed=seed,
+        weights=weights, mean=mean, std=std, bounds=bounds, device=device, data_root=data_root,
     )  # fmt: skip
     if subject.deployed:
         raise ConfigError(f"{subject.model} gives answers only; robust certify needs the model itself")
     if not all(r < float("inf") for r in subject.eps):
         raise ConfigError("--radius: an unbounded radius cannot be certified")
-    settings: dict[str, Any] = {"radii": list(subject.eps)}
-    if smooth:
-        chance = options.number(alpha, "--alpha")
-        _check_votes(n0, n, chance)
-        settings |= {"n0": n0, "n": n, "alpha": chance, "sequential": sequential}
-        fields = {"sigma": level, "noise": noise, "precision": precision, "seed": seed}
-    else:
+    settings["radii"] = list(subject.eps)
+    if not smooth:
         fields = {"threat_norm": place, **({"seed": seed} if method == "clever" else {})}
     beside = _verdict(verdict)
     options.check_writable(out)
@@ -210,12 +203,28 @@ def _refuse(method: str, given: dict[str, Any], **others: Any) -> None:
         raise ConfigError(f"--{wrong[0]}: {method} does not take it; {hint}")
 
 
-def _check_votes(n0: int, n: int, alpha: float) -> None:
-    for option, value in (("--n0", n0), ("--n", n)):
-        if value < 1:
-            raise ConfigError(f"{option}: {value} votes decide nothing; give at least 1, such as 10000")
+def _smoothing(
+    given: dict[str, Any], sequential: bool, precision: str, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The certificate's fields and the settings of its votes, checked before anything is loaded."""
+    sigma, alpha = (options.number(given[name], f"--{name}") for name in ("sigma", "alpha"))
+    if not 0 < sigma < float("inf"):
+        raise ConfigError(f"--sigma: {sigma:g} is no noise; give a positive number such as 0.25")
+    for name in ("n0", "n"):
+        if given[name] < 1:
+            raise ConfigError(f"--{name}: {given[name]} votes decide nothing; give at least 1, such as 10000")
     if not 0 < alpha < 1:
         raise ConfigError(f"--alpha: {alpha:g} is no chance of error; give one in (0, 1) such as 0.001")
+    for option, value, known in (("--noise", given["noise"], NOISES), ("--precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ConfigError(f"{option}: " + unknown(option[2:], value, list(known)))
+    fields = {"sigma": sigma, "noise": given["noise"], "precision": precision, "seed": seed}
+    return fields, {"n0": given["n0"], "n": given["n"], "alpha": alpha, "sequential": sequential}
+
+
+def _usual(sigma: float) -> str:
+    """The radii that papers report for a noise."""
+    return f"{sigma:g},{2 * sigma:g}"
 
 
 def _verdict(run: Path | None) -> Verdict | None:
