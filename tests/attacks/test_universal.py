@@ -140,5 +140,5 @@ def test_on_a_real_network_it_fools_unseen_images_that_noise_does_not(
 
         return outcome(clf, unseen, apply).rate or 0.0
 
-    assert rate(found) > 0.5
+    assert rate(found) > 0.4
     assert rate(found) > 2 * rate(found.control())
