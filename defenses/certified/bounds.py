@@ -25,7 +25,7 @@ class Bounds(Certificate):
     float32 model on other machines.
 
     Attributes:
-        threat: the ball's norm; its radius is given at each call.
+        threat_norm: the ball's norm; its radius is given at each call.
     """
 
     threat_norm: str = field(default="linf", kw_only=True)
