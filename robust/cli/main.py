@@ -40,7 +40,7 @@ HELP = {
     "eval": "Measure how robust a model is, with evidence others can check.",
     "attack": "Run one attack and report success, distances and cost.",
     "transfer": "Measure which model's adversarial points fool which other.",
-    "matrix": "Measure models and defenses against suites and a patch, in one table and one picture.",
+    "matrix": "Measure models and defenses against suites and a patch.",
     "train": "Train a model by a recipe.",
     "certify": "Certify radii that no attack can beat, with their confidence.",
     "report": "Write a run's report again, and verify its evidence.",
