@@ -131,7 +131,7 @@ def test_on_a_real_network_it_fools_unseen_images_that_noise_does_not(
     )
     data = load_data(f"imagefolder:{cifar10_test}", n=400)
     x, y = data.subset(range(200)).tensors()
-    found = UAP(threat=Linf(8 / 255), steps=40).fit(clf, x, y)
+    found = UAP(threat=Linf(8 / 255), steps=80).fit(clf, x, y)
     unseen = data.subset(range(200, 400))
 
     def rate(change: Perturbation) -> float:
@@ -140,5 +140,5 @@ def test_on_a_real_network_it_fools_unseen_images_that_noise_does_not(
 
         return outcome(clf, unseen, apply).rate or 0.0
 
-    assert rate(found) > 0.4
+    assert rate(found) > 0.5
     assert rate(found) > 2 * rate(found.control())
