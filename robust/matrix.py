@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from robust.adaptive import KINDS
@@ -269,11 +270,18 @@ def _patch_facts(summary: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]
     }
 
 
+def _measured_on(device: torch.device) -> dict[str, Any]:
+    """The conditions, with the threads at work."""
+    found = conditions(device)
+    found["device"]["threads"] = torch.get_num_threads()
+    return found
+
+
 def _conditions(place: Path, model: Classifier) -> dict[str, Any]:
     """The commit, date, versions and device that a cell was finished with, be it in an earlier process."""
     path = place.with_name(f"{place.name}.json")
     if not path.exists():
-        write_json(path, conditions(model.device))
+        write_json(path, _measured_on(model.device))
     return read_json(path)
 
 
@@ -339,8 +347,8 @@ def _record(told: list[dict[str, Any]], rows: Sequence[Row], setup: Setup, wall:
         "patch": setup.patch.describe() if PATCH in setup.columns else None,
         "surrogates": [{"name": clf.name, "digest": clf.digest()} for clf in setup.surrogates],
         "rows": told,
-        "commits": sorted(commit or "unknown" for commit in commits),
-        **conditions(rows[0].model.device),
+        "commits": sorted(commits),
+        **_measured_on(rows[0].model.device),
         "seconds": round(sum(cell["seconds"] for row in told for cell in row["cells"].values()), 3),
         "wall_seconds": round(wall, 3),
     }

@@ -8,13 +8,10 @@ is wrong has no speed: it is refused before anything is written.
 from __future__ import annotations
 
 import copy
-import datetime as dt
 import gc
 import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,10 +25,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from robust import __version__
 from robust.classifier import Classifier
+from robust.conditions import conditions as measured_under
+from robust.conditions import device_name
 from robust.errors import ConfigError, RobustError, first_line
-from robust.experiments.verdicts.record import commit_of
 from robust.precision import exact_float32
 from robust.registry import unknown
 from robust.twin import PRECISIONS, Precision
@@ -332,41 +329,11 @@ def allowance(n: int) -> float:
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """Commit, date, device and versions: what a number means nothing without."""
-    return {
-        "commit": commit(),
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "device": {"type": device.type, "name": device_name(device), "cores": os.cpu_count()},
-        "versions": versions(),
-    }
-
-
-def commit() -> str:
-    """The commit of this checkout, with a mark where files differ; the version where there is no checkout."""
-    try:
-        return commit_of(RESULTS.parent)
-    except (OSError, subprocess.CalledProcessError):
-        return f"version {__version__}"
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(named), platform.processor() or platform.machine())
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, torch, this package, and of every peer that is installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "robust": __version__}
+    """The core's conditions, with the version of every peer that is installed."""
+    found = measured_under(device)
     for name in ("triton", "torchattacks", "foolbox", "adversarial-robustness-toolbox"):
         try:
-            found[name] = metadata.version(name)
+            found["versions"][name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from robust.attacks import get
 from robust.classifier import Classifier
+from robust.conditions import commit_of, device_name
 from robust.data import load_data
 from robust.digest import write_json
-from robust.experiments.benchmarks.harness import device_name
-from robust.experiments.verdicts.record import commit_of
 from robust.experiments.verdicts.reference import PARTS, add_subject, compare, subject_model
 from robust.threat import Linf
 from robust.verdict import Verdict

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from robust.conditions import commit_of
 from robust.digest import read_json, write_json
 from robust.errors import RobustError
 
@@ -27,12 +27,6 @@ KEPT = (
     "finished",
     "warnings",
 )
-
-
-def commit_of(folder: Path) -> str:
-    """The commit that a checkout is at, with a mark where files differ from it."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def make_record(run: Path, commit: str) -> dict[str, Any]:
