@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks.base import Targets
+from robust.attacks.patch.likeness import likeness
 from robust.attacks.patch.placement import Ranges, full_size, patch_threat, placed, shape_mask
 from robust.attacks.patch.trained import TrainedPatch, weathered
 from robust.attacks.trial import Trial
@@ -33,7 +34,7 @@ from robust.twin import Precision
 _LEVELS = 255
 _CANDIDATES = 10  # classes that scouts are sent to
 # Rounds of scouts: the share of their steps, and how many go on. Who leads after few steps is rarely who leads at last.
-_ROUNDS = ((0.6, 4), (0.4, 1))
+_ROUNDS = ((0.4, 4), (0.3, 2), (0.3, 1))
 _PLACES = 3  # of every sample, at which scouts are compared
 
 
@@ -48,8 +49,9 @@ class AdversarialPatch(UniversalAttack):
     angle.
 
     Without targets a patch ends at leading to some one class, and the class that the ascent runs into is rarely the
-    best one. So scouts start towards each of the likeliest classes, and one away from the true classes; in two rounds
-    what fools most of the samples, at places of their own, is found and learnt on with the rest of the steps.
+    best one. So scouts start towards each of the likeliest classes, and one away from the true classes; in rounds what
+    fools most of the samples, at places of their own, is found and learnt on with the rest of the steps. Towards a
+    class they start at the picture of one of its samples, which ends higher than noise does.
 
     Attributes:
         share: of the image's area that it covers at scale 1, exactly, its sides in the threat's ratio; `run` makes it
@@ -64,6 +66,7 @@ class AdversarialPatch(UniversalAttack):
         step_size: Adam's first one, as a share of the box's width; it falls to 0 along a half cosine.
         scouting: the share of the steps that all scouts take together, in [0, 1); 0 only leads away from the true
             classes.
+        start: "picture" of a sample of the class that is led to, where there is one, or keyed "noise".
     """
 
     norms: ClassVar[tuple[str, ...]] = ("patch",)
@@ -79,6 +82,7 @@ class AdversarialPatch(UniversalAttack):
     resolution: int = 2
     step_size: float = 0.2
     scouting: float = 0.45
+    start: Literal["picture", "noise"] = "picture"
 
     @classmethod
     def sized(cls, area: float, height: int, width: int, **fields: Any) -> AdversarialPatch:
@@ -124,10 +128,11 @@ class AdversarialPatch(UniversalAttack):
     def _scout(self, trial: Trial, patch: TrainedPatch) -> tuple[TrainedPatch, int]:
         """The most promising start with the class that it leads to, and the steps that finding it took."""
         if trial.targets is not None or not self.scouting:
-            return patch, 0
+            return self._likeness(trial, patch, patch.target), 0
         rivals = torch.bincount(ranking(trial.clean, trial.y)[:, 0], minlength=trial.classes)
         likeliest = rivals.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
         left, first = [replace(patch, towards=towards) for towards in (*likeliest, None)], 0
+        left = [self._likeness(trial, one, one.towards) for one in left]
         for share, kept in _ROUNDS:
             steps = int(share * self.scouting * self.steps / len(left))
             if not steps:
@@ -141,6 +146,9 @@ class AdversarialPatch(UniversalAttack):
                 left[k] for k in torch.tensor(rates).argsort(descending=True, stable=True)[:kept].tolist()
             ]
         return (left[0], first) if first else (patch, 0)
+
+    def _likeness(self, trial: Trial, patch: TrainedPatch, towards: int | None) -> TrainedPatch:
+        return patch if self.start == "noise" or towards is None else likeness(trial, patch, towards)
 
     def _fooled(self, trial: Trial, patch: TrainedPatch) -> float:
         """The share of the samples that are misclassified with the patch, over some places of each."""
@@ -191,6 +199,8 @@ class AdversarialPatch(UniversalAttack):
     def _start(self, trial: Trial, mask: Tensor | None) -> TrainedPatch:
         """A patch of keyed noise, and everything else that it is to be."""
         ranges = Ranges(self.rotation, self.min_scale, self.max_scale)
+        if self.start not in ("picture", "noise"):
+            raise RobustError(f"start={self.start!r} is unknown; use 'picture' or 'noise'")
         if min(self.brightness, self.noise) < 0 or not self.step_size > 0 or self.resolution < 1:
             raise RobustError(
                 f"brightness={self.brightness}, noise={self.noise}, step_size={self.step_size}, "

@@ -199,6 +199,23 @@ def test_towards_a_class_the_patch_takes_the_colour_that_the_weights_say() -> No
     assert torch.equal((found.texture * 255).round() / 255, found.texture), "on 256 levels, as it is printed"
 
 
+@pytest.mark.parametrize("scouting", [0.0, 0.5])
+def test_towards_a_class_the_ascent_starts_at_the_picture_that_leads_there_best(scouting: float) -> None:
+    clf, x = Classifier(Tinted().eval()), torch.full((30, 3, 16, 16), 0.5)
+    x[20], x[21] = torch.tensor([0.7, 0.2, 0.5])[:, None, None], torch.tensor([0.9, 0.1, 0.8])[:, None, None]
+    y = torch.zeros(30, dtype=torch.long)
+    y[20:22] = 1
+    fields = {"brightness": 0.0, "noise": 0.0, "step_size": 1e-9, "steps": 40, "scouting": scouting}
+    attack = AdversarialPatch(threat=Patch(height=4, width=4), **fields)  # type: ignore[arg-type]
+    found = attack.fit(clf, x, y, targets=1 if not scouting else None)
+    assert (found.target, found.towards) == ((1, None) if not scouting else (None, 1))
+    assert torch.allclose(found.texture, x[21, :, :8, :8], atol=0.5 / 255 + 1e-6)
+    noise = replace(attack, start="noise").fit(clf, x, y, targets=1)
+    without = attack.fit(clf, x[:20], y[:20], targets=1)
+    assert torch.equal(noise.texture, without.texture), "a class without samples starts at noise"
+    assert float(noise.texture.std()) > 0.2
+
+
 def test_run_lies_within_its_threat_and_fit_fools_images_it_has_not_seen() -> None:
     clf, x, y = small(n=120)
     attack = AdversarialPatch(threat=Patch(height=4, width=4), steps=150, batch=20, rotation=10.0)
@@ -306,6 +323,7 @@ def test_what_cannot_be_is_one_line() -> None:
         {"steps": 0},
         {"scouting": 1.0},
         {"shape": "star"},
+        {"start": "middle"},
     ):
         with pytest.raises(RobustError):
             AdversarialPatch(threat=Patch(height=3, width=3), **fields).run(clf, x, y)  # type: ignore[arg-type]
