@@ -12,35 +12,42 @@ from robust.attacks.patch.trained import TrainedPatch
 from robust.attacks.query import Query
 from robust.attacks.trial import Trial
 from robust.attacks.universal.base import where_allowed
+from robust.classifier import misclassified
 from robust.rng import derive
 
-_PICTURES = 10  # of a class, which are tried
-_SAMPLES = 64  # of other classes, on which they are
+_ROUNDS = ((48, 32), (12, 256))  # how many pictures are tried on how many samples of other classes
 
 
 def likeness(trial: Trial, patch: TrainedPatch, towards: int) -> TrainedPatch:
-    """The patch with a sample's picture in it: of the surest ones of class `towards`, the one that leads there best.
+    """The patch with a sample's picture in it: the one of class `towards` that, as it is, fools the most samples.
 
     Nature's own features of a class are read as that class at many scales and angles, and an ascent that starts from
-    them keeps some of that; one from noise ends lower. A class without samples leaves the patch as it is.
+    them keeps some of that; one from noise ends lower. Which picture is surest of its class, or raises the class most,
+    says little: what fools does. A class without samples leaves the patch as it is.
     """
     mine = (trial.y == towards).nonzero()[:, 0]
-    others = (trial.y != towards).nonzero()[:_SAMPLES, 0]
+    others = (trial.y != towards).nonzero()[:, 0]
     if not len(mine) or not len(others):
         return patch
-    sure = trial.clean[mine].log_softmax(1)[:, towards].argsort(descending=True, stable=True)
     low, high = trial.bounds
     sides = (patch.texture.shape[1], patch.texture.shape[2])
     pictures = F.interpolate(
-        trial.x[mine[sure[:_PICTURES]]].float(), sides, mode="bilinear", antialias=True, align_corners=False
+        trial.x[mine[: _ROUNDS[0][0]]], sides, mode="bilinear", antialias=True, align_corners=False
     ).clamp(low, high)
     seed = derive(trial.seed, "patch/likeness", towards)
-    best: tuple[float, Tensor] | None = None
-    for picture in pictures:
-        points = replace(patch, texture=picture).apply(trial.x[others], seed=seed, index=trial.index[others.cpu()])
-        scores = trial.answer(Query(where_allowed(trial, others, points), "logits")).scores
-        score = float(scores.double().log_softmax(1)[:, towards].mean())
-        if best is None or score > best[0]:
-            best = (score, picture)
-    assert best is not None
-    return replace(patch, texture=best[1])
+    for kept, samples in _ROUNDS:
+        pictures = pictures[:kept]
+        rates = [_fooled(trial, replace(patch, texture=one), others[:samples], seed) for one in pictures]
+        pictures = pictures[torch.tensor(rates).argsort(descending=True, stable=True).to(pictures.device)]
+    return replace(patch, texture=pictures[0])
+
+
+def _fooled(trial: Trial, patch: TrainedPatch, rows: Tensor, seed: int) -> float:
+    """The share of some samples that are misclassified with the patch; equals are told apart by their true scores."""
+    rate = 0.0
+    for part in rows.split(64):
+        points = patch.apply(trial.x[part], seed=seed, index=trial.index[part.cpu()])
+        scores = trial.answer(Query(where_allowed(trial, part, points), "logits")).scores
+        own = scores.double().softmax(1).gather(1, trial.y[part, None])[:, 0]
+        rate += float((misclassified(scores, trial.y[part]).double() + 1e-3 * (1 - own)).sum())
+    return rate / len(rows)

@@ -132,7 +132,8 @@ def _grid(x: Tensor, placements: Placements, patch: tuple[float, float], finer: 
         value.to(x)[:, None, None] for value in (placements.scale, placements.down, placements.across)
     )
     rows, columns = (
-        (torch.arange(finer * side, device=x.device, dtype=x.dtype) + 0.5) / finer - 0.5 for side in x.shape[2:]
+        (torch.arange(finer * side, device=x.device, dtype=x.dtype) + 0.5) / finer - 0.5
+        for side in x.shape[2:]
     )
     away_down, away_across = rows[None, :, None] - middle_down, columns[None, None] - middle_across
     height, width = patch
