@@ -135,17 +135,15 @@ class AdversarialPatch(UniversalAttack):
         left = [self._likeness(trial, one, one.towards) for one in left]
         for share, kept in _ROUNDS:
             steps = int(share * self.scouting * self.steps / len(left))
-            if not steps:
-                break
             rates = []
             for k, one in enumerate(left):
-                left[k] = self._climb(trial, one, (first, first + steps))
+                left[k] = self._climb(trial, one, (first, first + steps)) if steps else one
                 rates.append(self._fooled(trial, left[k]))
                 first += steps
             left = [
                 left[k] for k in torch.tensor(rates).argsort(descending=True, stable=True)[:kept].tolist()
             ]
-        return (left[0], first) if first else (patch, 0)
+        return left[0], first
 
     def _likeness(self, trial: Trial, patch: TrainedPatch, towards: int | None) -> TrainedPatch:
         return patch if self.start == "noise" or towards is None else likeness(trial, patch, towards)
