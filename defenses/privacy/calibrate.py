@@ -10,7 +10,7 @@ from robust.defenses.privacy.accounting import Epsilon, Mechanism, PhaseLike, se
 from robust.errors import ConfigError
 from robust.registry import unknown
 
-PRECISION = 1e-4  # relative, of noise and rate
+PRECISION = 3e-4  # relative, of noise and rate
 # The range of what is solved for, from the most private end to the least, and where the search begins.
 RANGE = {"noise_multiplier": (1e5, 1e-4), "sample_rate": (1e-9, 1.0), "steps": (1.0, 1e8)}
 START = {"noise_multiplier": 1.0, "sample_rate": 0.01, "steps": 1024.0}
@@ -117,7 +117,7 @@ def calibrate(
     """The one of noise, rate and steps that is left out: the least noise, the highest rate or the most steps in budget.
 
     Guarantee: the epsilon of the setting returned was evaluated, and is at most the target. Noise and rate are found to
-    a ten-thousandth, steps exactly.
+    three parts in ten thousand, steps exactly.
 
     Args:
         target_epsilon, delta, accountant: the budget; the other options are those of `epsilon`.

@@ -21,7 +21,7 @@ class PRV(Accountant):
 
     samplings = ("poisson", "shuffled")
     refusal = "Opacus's loss variable is that of Poisson batches"
-    words = "PRV, the distribution of the privacy loss composed numerically (Opacus)"
+    words = "PRV, the distribution of the loss of removing a record composed numerically (Opacus)"
 
     def epsilon(self, composition: Composition, delta: float) -> tuple[float, tuple[str, ...]]:
         """Opacus's upper estimate; its error is at most 0.01, and at most half a percent while the grid allows."""
