@@ -69,11 +69,16 @@ def full(sigma: float, steps: int, delta: float) -> dict[str, Any]:
 
 def fixed(sigma: float, rate: float, steps: int, delta: float) -> dict[str, Any]:
     """Fixed-size batches under replacement, the noise over the sensitivity and over the clipping norm."""
-    row = {"noise_multiplier": sigma, "sample_rate": rate, "steps": steps, "delta": delta}
-    for unit in ("sensitivity", "clip"):
-        found = epsilon(**row, accountant="rdp", sampling="fixed", noise_over=unit)  # type: ignore[arg-type]
-        row[unit] = float(found)
-    return row
+    found = {
+        unit: float(
+            epsilon(
+                noise_multiplier=sigma, sample_rate=rate, steps=steps, delta=delta, accountant="rdp",
+                sampling="fixed", noise_over=unit,
+            )
+        )
+        for unit in ("sensitivity", "clip")
+    }  # fmt: skip
+    return {"noise_multiplier": sigma, "sample_rate": rate, "steps": steps, "delta": delta, **found}
 
 
 def versions() -> dict[str, str]:

@@ -69,10 +69,10 @@ def thin(terms: tuple[Term, ...], most: int = MOST) -> tuple[tuple[Term, ...], t
             low = min(sigma, math.exp(math.floor(math.log(sigma) / width) * width))
             high = min(1.0, max(rate, math.exp(math.ceil(math.log(rate) / width) * width)))
             points[low, high] = points.get((low, high), 0) + count
-        thinned, width = tuple(Term(*point, count) for point, count in points.items()), 2 * width
+        thinned, width = tuple(Term(*point, count) for point, count in points.items()), 1.25 * width
     if thinned is terms:
         return terms, ()
-    note = f"{len(terms)} different steps are composed as {len(thinned)}, noises rounded down and rates up by at most {width / 2:.1%}"
+    note = f"{len(terms)} different steps are composed as {len(thinned)}, noises rounded down and rates up by at most {width / 1.25:.1%}"
     return thinned, (note,)
 
 

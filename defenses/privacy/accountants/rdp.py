@@ -28,7 +28,7 @@ class RDP(Accountant):
 
     def epsilon(self, composition: Composition, delta: float) -> tuple[float, tuple[str, ...]]:
         """The smallest epsilon over the orders (Canonne, Kamath and Steinke 2020, arXiv:2004.00010, Prop. 12)."""
-        terms, notes = thin(composition.terms, 64)
+        terms, notes = thin(composition.terms, 128)
         with hushed():
             module = package("dp_accounting.rdp", "rdp")
             total = sum(
@@ -55,14 +55,14 @@ def _moments(sigma: float, rate: float, fixed: bool) -> Any:
         event = dp.SampledWithoutReplacementDpEvent(share.denominator, share.numerator, event)
     elif rate < 1:
         event = dp.PoissonSampledDpEvent(rate, event)
-    accountant = package("dp_accounting.rdp", "rdp").RdpAccountant(neighboring_relation=relation)
-    moments = accountant.compose(event).rdp
-    if 0 < rate < 1 and not fixed and sigma > SHARPEST:
-        for i, order in enumerate(_orders()):
-            if order != int(order):
-                moments[i] = min(moments[i], fractional(sigma, rate, order))
+    orders = np.array(_orders())
+    ours = (orders != np.floor(orders)) & (0 < rate < 1 and not fixed and sigma > SHARPEST)
+    moments = np.empty(len(orders))
+    theirs = package("dp_accounting.rdp", "rdp").RdpAccountant(orders[~ours], relation)
+    moments[~ours] = theirs.compose(event).rdp
+    moments[ours] = [fractional(sigma, rate, order) for order in orders[ours]]
     # At rates below 1e-7 a divergence is smaller than the rounding errors of its logarithm, here and in the library.
-    return moments + (ROUNDING / (np.array(_orders()) - 1) if 0 < rate < 1 else 0.0)
+    return moments + (ROUNDING / (orders - 1) if 0 < rate < 1 else 0.0)
 
 
 def fractional(sigma: float, rate: float, order: float) -> float:
