@@ -1,7 +1,8 @@
 """What a differentially private training releases, and the epsilon it costs, with every assumption in words.
 
 A *mechanism* is one step: a clipped sum over a batch plus Gaussian noise. A *phase* is a mechanism and how often it was
-taken. `epsilon` answers for one phase, `spent` for a list of them: noise or rate that change, adaptive clipping, restarts.
+taken. `epsilon` answers for one phase, `spent` for a list of them: noise or rate that change, adaptive clipping,
+restarts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 from robust.errors import ConfigError
 from robust.registry import unknown
 
-# Sampling schemes: how a batch comes about, whom the guarantee compares, and the sensitivity of a sum clipped at C, in C.
+# Sampling schemes: how a batch comes about, whom the guarantee compares, and the sensitivity of a sum clipped at C,
+# in C.
 SAMPLINGS: Mapping[str, tuple[str, str, int]] = {
     "poisson": (
         "Poisson: every record joins every batch by a coin of its own that falls with the sample rate, and empty or "
@@ -46,8 +48,8 @@ class Mechanism:
         noise_multiplier: the noise's standard deviation in the unit of `noise_over`; 0 is no privacy, inf no release.
         sample_rate: the (expected) share of the records in a batch, in [0, 1].
         sampling: "poisson", "fixed" (fixed-size batches drawn afresh each step) or "shuffled" (epochs).
-        noise_over: "sensitivity", of the sum under the sampling's neighbours, or "clip", the clipping norm C. They differ
-            for "fixed", where replacing a record moves a clipped sum by up to 2C.
+        noise_over: "sensitivity", of the sum under the sampling's neighbours, or "clip", the clipping norm C. They
+            differ for "fixed", where replacing a record moves a clipped sum by up to 2C.
         count_noise: standard deviation of the noise on the count of gradients below the norm, each counted as +-1/2,
             that adaptive quantile clipping releases in the same step (Andrew et al. 2021, arXiv:1905.03871).
 
@@ -69,7 +71,9 @@ class Mechanism:
         for name in ("noise_multiplier", "count_noise"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise ConfigError(f"{name}={value:g} is no standard deviation; give a positive number such as 1.0")
+                raise ConfigError(
+                    f"{name}={value:g} is no standard deviation; give a positive number such as 1.0"
+                )
         if not 0 <= self.sample_rate <= 1:
             raise ConfigError(
                 f"sample_rate={self.sample_rate:g} is no share of the data; give one in (0, 1] such as 256/60000"
@@ -98,7 +102,7 @@ class Mechanism:
 
 
 class Phase(NamedTuple):
-    """A mechanism and how many steps of it were taken; ``fresh`` says that a new run, so a new epoch, begins with it."""
+    """A mechanism and how many steps of it were taken; ``fresh`` says that a run, and so an epoch, begins here."""
 
     mechanism: Mechanism
     count: int
@@ -142,7 +146,7 @@ class Composition:
 
     @property
     def mu(self) -> float:
-        """The root of the sum of 1/sigma^2 over all steps: what the full-batch composition is, as one Gaussian's 1/sigma."""
+        """The root of the sum of 1/sigma^2 over all steps: the 1/sigma of full batches as one Gaussian."""
         return math.sqrt(math.fsum(term.count / term.sigma**2 for term in self.terms))
 
 
@@ -242,10 +246,12 @@ def _epochs(phases: list[Phase]) -> list[Term]:
         if fresh or not epochs:
             left = 0
         elif rate != before[1] and left:
-            raise ConfigError("the sample rate of shuffled batches changes within an epoch; change it when one ends")
+            raise ConfigError(
+                "the sample rate of shuffled batches changes within an epoch; change it when one ends"
+            )
         elif sigma != before[0] and abs(1 / rate - length) > 1e-6 * length:
             raise ConfigError(
-                f"shuffled batches whose noise changes need whole epochs; give the sample rate 1 / batches, not {rate:g}"
+                f"shuffled batches whose noise changes need whole epochs; the sample rate is 1 / batches, not {rate:g}"
             )
         before = (sigma, rate)
         if left:  # the open epoch goes on
@@ -264,9 +270,9 @@ def _epochs(phases: list[Phase]) -> list[Term]:
 def spent(phases: Iterable[PhaseLike], *, delta: float, accountant: str = "pld") -> Epsilon:
     """The epsilon at `delta` of all phases together, by one accountant.
 
-    Guarantee: unless the accountant is "gdp", the training is (epsilon, delta)-differentially private for the neighbours
-    of its sampling scheme, if the assumptions in ``about`` hold. Edge cases: no steps, a rate of 0 or infinite noise
-    cost 0; a step without noise costs inf.
+    Guarantee: unless the accountant is "gdp", the training is (epsilon, delta)-differentially private for the
+    neighbours of its sampling scheme, if the assumptions in ``about`` hold. Edge cases: no steps, a rate of 0 or
+    infinite noise cost 0; a step without noise costs inf.
 
     Args:
         phases: mechanisms and their counts, all of one sampling scheme.
@@ -279,7 +285,9 @@ def spent(phases: Iterable[PhaseLike], *, delta: float, accountant: str = "pld")
     from robust.defenses.privacy.accountants import get
 
     if not 0 < delta < 1:
-        raise ConfigError(f"delta={delta:g} is no probability in (0, 1); give one below 1 / records, such as 1e-5")
+        raise ConfigError(
+            f"delta={delta:g} is no probability in (0, 1); give one below 1 / records, such as 1e-5"
+        )
     chosen = get(accountant)()
     composition = compose(phases)
     if composition.sampling not in chosen.samplings:

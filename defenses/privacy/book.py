@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +110,13 @@ class Book:
         """The booked steps of a run, none where it is new."""
         return self.runs.get(name, _Run())
 
+    def new_name(self) -> str:
+        """A name that no run has."""
+        number = len(self.runs) + 1
+        while f"run-{number}" in self.runs:
+            number += 1
+        return f"run-{number}"
+
     def at(self, name: str, step: int) -> Mechanism | None:
         """What a step of a run is booked as, None where it is not."""
         for first, end, mechanism in reversed(self.run(name).parts):
@@ -164,7 +172,9 @@ class Book:
             case "giveback":
                 self.runs[record["run"]].cut(record["first"])
             case "torn":
-                self.lost += [Phase(_mechanism(record), record["count"], fresh=True)] if record.get("count") else []
+                self.lost += (
+                    [Phase(_mechanism(record), record["count"], fresh=True)] if record.get("count") else []
+                )
             case "ledger":
                 if record["version"] != VERSION:
                     raise ValueError(f"version {record['version']}")
@@ -197,6 +207,8 @@ def read_book(path: Path) -> Book:
         raise LedgerError(_damage(path, 1))
     if rest:
         book.unended = _opened(book.tail, rest + b"\n")
+        if book.unended is not None:
+            _take(deepcopy(book), book.unended, path, len(texts) + 1)  # it must say what a ledger says
         book.torn = book.costliest() if book.unended is None else None
     return book
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from robust.defenses.privacy.accounting import Epsilon, Mechanism, PhaseLike, serving, spent
 from robust.errors import ConfigError
-from robust.registry import unknown
 
 PRECISION = 3e-4  # relative, of noise and rate
 # The range of what is solved for, from the most private end to the least, and where the search begins.
@@ -56,7 +55,9 @@ class Budget:
         from robust.defenses.privacy.accountants import REGISTRY, get
 
         if not 0 < self.epsilon < math.inf:
-            raise ConfigError(f"a budget of epsilon {self.epsilon:g} keeps nothing; give a positive number such as 3")
+            raise ConfigError(
+                f"a budget of epsilon {self.epsilon:g} keeps nothing; give a positive number such as 3"
+            )
         if not 0 < self.delta < 1:
             raise ConfigError(
                 f"delta={self.delta:g} is no probability in (0, 1); give one below 1 / records, such as 1e-5"
@@ -96,7 +97,8 @@ def require_served(accountant: str, phases: Sequence[PhaseLike]) -> None:
         if mechanism.sampling not in get(accountant).samplings:
             can = ", ".join(serving(mechanism.sampling, guaranteed=True))
             raise ConfigError(
-                f"accountant {accountant} cannot serve {mechanism.sampling} batches: {get(accountant).refusal}; {can} can"
+                f"accountant {accountant} cannot serve {mechanism.sampling} batches: {get(accountant).refusal}; "
+                f"{can} can"
             )
     spent([(mechanism, 0) for mechanism, *_ in phases], delta=0.5, accountant=accountant)
 
@@ -130,7 +132,9 @@ def calibrate(
     given = {"noise_multiplier": noise_multiplier, "sample_rate": sample_rate, "steps": steps}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) != 1:
-        raise ConfigError("calibration finds one of noise_multiplier, sample_rate and steps; give the other two")
+        raise ConfigError(
+            "calibration finds one of noise_multiplier, sample_rate and steps; give the other two"
+        )
     solved = missing[0]
     if steps is not None and (steps != int(steps) or steps < 1):
         raise ConfigError(f"steps={steps!r} is no training; give a whole number such as 1000")
@@ -148,7 +152,8 @@ def calibrate(
     if not budget.keeps(before):
         raise ConfigError(f"what was spent before is already over epsilon {target_epsilon:g}")
     start = START[solved]
-    for name in dict.fromkeys(("rdp", accountant)):  # rdp is cheap, and tells the others where to look
+    # rdp is cheap, and tells the numerical ones where to look.
+    for name in ("rdp", accountant) if accountant in {"pld", "prv"} else (accountant,):
         by = replace(budget, accountant=name)
         start = least_private(lambda v, by=by: by.excess(phases(v)[0]), solved, start) or start  # type: ignore[misc]
     chosen, mechanism, count = phases(start)
@@ -165,14 +170,18 @@ def _hopeless(solved: str, budget: Budget) -> str:
         "steps": "not even one step keeps",
     }[solved]
     hint = "fewer steps" if solved == "noise_multiplier" else "more noise"
-    return f"{what} epsilon {budget.epsilon:g} at delta {budget.delta:g} by {budget.accountant}; take {hint} or a larger epsilon"
+    return (
+        f"{what} epsilon {budget.epsilon:g} at delta {budget.delta:g} by {budget.accountant}; take {hint} or a larger "
+        "epsilon"
+    )
 
 
 def least_private(excess: Callable[[float], float], solved: str, start: float) -> float:
     """The value with the least privacy among those in budget, 0 where there is none.
 
     Args:
-        excess: at most 0 for a value that keeps the budget; monotone: falling with the noise, rising with rate and steps.
+        excess: at most 0 for a value that keeps the budget; monotone: falling with the noise, rising with rate and
+        steps.
         solved: "noise_multiplier", "sample_rate" or "steps", which says what range and precision are meant.
         start: where to look first; steps are whole.
     """

@@ -1,9 +1,10 @@
 """The privacy ledger: every step is on disk before it is taken, so that no crash makes the account too small.
 
 A ledger is a text file to which JSON lines are only ever added. A line's digest covers the line before it, so that
-damage, edits and missing lines show; it is integrity, no signature. Reading never guesses low: a torn last line, which a
-crash in the middle of a booking leaves, counts as a whole block of the costliest step the ledger knows; any other damage
-is an error.
+damage, edits and missing lines show; it is integrity, no signature. Reading never guesses low: a torn last line,
+which a
+crash in the middle of a booking leaves, counts as a whole block of the costliest step the ledger knows; any other
+damage is an error.
 
 A *run* is one sequence of steps 0, 1, 2, … Each opening begins a run of its own, and all runs compose. Only a training
 that resumes bit for bit, with the very same draws at every step, may pass its own `run` name: the steps that it repeats
@@ -32,7 +33,10 @@ def read_ledger(path: str | Path) -> list[Phase]:
     Raises:
         LedgerError: it is missing, damaged, or no ledger.
     """
-    return read_book(Path(path)).phases()
+    book = read_book(Path(path))
+    if book.unended is not None:
+        book.add(book.unended)
+    return book.phases()
 
 
 class Ledger:
@@ -62,10 +66,10 @@ class Ledger:
         self._file = -1
         try:
             self._book = self._open()
-            self.run = run if run is not None else f"run-{len(self._book.runs) + 1}"
+            self.run = run if run is not None else self._book.new_name()
             self.named = run is not None
-            # Before this process nothing of what it may give back was booked, and none of its steps taken.
-            self._since = self._reached = self._next = self._book.run(self.run).end
+            self._since = self._book.run(self.run).end  # what was booked before may not be given back
+            self._next = self._reached = 0  # the step after the last one taken here, and after all of them
             if self._book.size == 0:
                 self._write(HEAD)
             self._append("open", {"run": self.run})
@@ -75,27 +79,30 @@ class Ledger:
 
     def _open(self) -> Book:
         """Reads what there is; a torn last line is replaced, atomically, by one that counts it as spent."""
-        from robust.digest import flush_folder, write_atomic
-
         known = self.path.exists()
         book = read_book(self.path) if known else Book()
         if book.torn is not None or book.unended is not None:
-            line = book.unended or sealed(book.tail, "torn", book.torn or {})
-            whole = self.path.read_bytes()[: book.size]
-            if whole or book.unended:
-                write_atomic(self.path, whole + line.raw)
-                book.torn = book.unended = None
-                book.add(line)
-            else:  # not even the first line was whole
-                write_atomic(self.path, b"")
-                book = Book()
+            self._mend(book)
         try:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             if not known:
+                from robust.digest import flush_folder
+
                 flush_folder(self.path.absolute().parent)
         except OSError as error:
             raise LedgerError(f"{self.path}: cannot be written: {error.strerror}") from error
         return book
+
+    def _mend(self, book: Book) -> None:
+        from robust.digest import write_atomic
+
+        whole = self.path.read_bytes()[: book.size]
+        line = book.unended or sealed(book.tail, "torn", book.torn or {})
+        if not whole and book.unended is None:  # not even the first line was whole
+            line = HEAD
+        write_atomic(self.path, whole + line.raw)
+        book.torn = book.unended = None
+        book.add(line)
 
     def covers(self, mechanism: Mechanism, step: int | None = None) -> bool:
         """Whether a step is booked already: ahead, or by the run that this one repeats.
@@ -117,7 +124,9 @@ class Ledger:
 
     def _number(self, step: int | None) -> int:
         if step is None and self.named:
-            raise LedgerError(f"{self.path}: {self.run} may repeat steps, so each needs its number; give step=")
+            raise LedgerError(
+                f"{self.path}: {self.run} may repeat steps, so each needs its number; give step="
+            )
         number = self._next if step is None else step
         if not self.named and number != self._next:
             raise LedgerError(
@@ -140,7 +149,9 @@ class Ledger:
             LedgerError: it could not be written, it cannot be composed with what is booked, or its number is not next.
         """
         if os.getpid() != self._owner:
-            raise LedgerError(f"{self.path}: a forked process cannot book; only the one that opened the ledger can")
+            raise LedgerError(
+                f"{self.path}: a forked process cannot book; only the one that opened the ledger can"
+            )
         if self._broken or self._file < 0:
             raise LedgerError(f"{self.path}: {self._broken or 'the ledger is closed'}")
         number, count = self._number(step), 0
@@ -148,7 +159,9 @@ class Ledger:
             self.give_back()
             end = self._book.run(self.run).end
             if number > end:
-                raise LedgerError(f"{self.path}: step {number} of {self.run} cannot be booked; the next one is {end}")
+                raise LedgerError(
+                    f"{self.path}: step {number} of {self.run} cannot be booked; the next one is {end}"
+                )
             self._composable(mechanism)
             count = max(1, min(self.block, self.block if most is None else most))
             self._append("book", {"run": self.run, "first": number, "count": count, **mechanism.to_dict()})
@@ -190,7 +203,7 @@ class Ledger:
         self._book.add(line)
 
     def _undo(self, error: OSError) -> None:
-        """Cuts off what a failed write left; where that fails too, the ledger stays shut and the rest counts as torn."""
+        """Cuts off what a failed write left; where that fails too, the ledger stays shut, and the rest is torn."""
         try:
             os.ftruncate(self._file, self._book.size)
             os.fsync(self._file)
@@ -233,5 +246,3 @@ _flush = getattr(os, "fdatasync", os.fsync)
 
 def _short(mechanism: Mechanism) -> str:
     return json.dumps(mechanism.to_dict())
-
-

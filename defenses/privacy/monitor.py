@@ -23,8 +23,8 @@ class Monitor:
 
     Guarantee: the steps taken through it, with those spent before and those of its ledger, cost at most the budget by
     its accountant, or by RDP, whose bound holds as well and is asked first because it is cheap. Whole blocks of steps
-    are evaluated ahead: a step within one costs a comparison, and near the end the block shrinks to the exact last step.
-    A noise that changes at every step is watched on a grid of one percent, rounded down.
+    are evaluated ahead: a step within one costs a comparison, and near the end the block shrinks to the exact last
+    step. A noise that changes at every step is watched on a grid of one percent, rounded down.
 
     Args:
         budget: what to keep.
@@ -32,7 +32,9 @@ class Monitor:
         ledger: books every step on disk before `take` returns, and knows what earlier runs spent.
     """
 
-    def __init__(self, budget: Budget, *, before: Iterable[PhaseLike] = (), ledger: Ledger | None = None) -> None:
+    def __init__(
+        self, budget: Budget, *, before: Iterable[PhaseLike] = (), ledger: Ledger | None = None
+    ) -> None:
         self.budget = budget
         self.ledger = ledger
         self._phases = [Phase(*phase) for phase in before]
@@ -70,7 +72,8 @@ class Monitor:
         """Books one step; only when this has returned may it be taken.
 
         Args:
-            mechanism: the step. step: its number in the ledger's run; a step that a resumed run repeats is booked already
+            mechanism: the step. step: its number in the ledger's run; a step that a resumed run repeats is booked
+            already
                 and costs nothing (see `Ledger`).
 
         Raises:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import itertools
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from robust.conditions import conditions
 from robust.defenses.privacy import Mechanism, epsilon
+from robust.defenses.privacy.accountants.base import hushed
 from robust.defenses.privacy.accountants.pld import composed, mesh
 from robust.defenses.privacy.accounting import compose
 from robust.digest import write_json
@@ -32,7 +31,7 @@ OURS = ("pld", "prv", "rdp", "gdp")
 
 
 def setting(sigma: float, rate: float, steps: int, delta: float) -> dict[str, Any]:
-    """One row: the setting, our accountants' epsilons, and Opacus's RDP on dp-accounting's orders."""
+    """One row: the setting, our accountants' epsilons, and RDP by either library."""
     found = {
         name: float(
             epsilon(noise_multiplier=sigma, sample_rate=rate, steps=steps, delta=delta, accountant=name)
@@ -40,7 +39,19 @@ def setting(sigma: float, rate: float, steps: int, delta: float) -> dict[str, An
         for name in OURS
     }
     row = {"noise_multiplier": sigma, "sample_rate": rate, "steps": steps, "delta": delta}
-    return {**row, **found, "opacus_rdp": opacus_rdp(sigma, rate, steps, delta)}
+    libraries = {"opacus_rdp": opacus_rdp, "dp_accounting_rdp": dp_accounting_rdp}
+    return {**row, **found, **{name: theirs(sigma, rate, steps, delta) for name, theirs in libraries.items()}}
+
+
+def dp_accounting_rdp(sigma: float, rate: float, steps: int, delta: float) -> float:
+    """dp-accounting's RDP accountant as it comes, with its own fractional orders."""
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
+    with hushed():
+        accountant = RdpAccountant().compose(dp_accounting.SelfComposedDpEvent(event, steps))
+        return float(accountant.get_epsilon(delta))
 
 
 def opacus_rdp(sigma: float, rate: float, steps: int, delta: float) -> float:
@@ -50,8 +61,7 @@ def opacus_rdp(sigma: float, rate: float, steps: int, delta: float) -> float:
 
     accountant = RDPAccountant()
     accountant.history = [(sigma, rate, steps)]
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
+    with hushed():
         return float(accountant.get_epsilon(delta, alphas=list(DEFAULT_RDP_ORDERS)))
 
 
@@ -60,9 +70,7 @@ def full(sigma: float, steps: int, delta: float) -> dict[str, Any]:
     terms = compose([(Mechanism(noise_multiplier=sigma), steps)]).terms
     closed = float(epsilon(noise_multiplier=sigma, sample_rate=1.0, steps=steps, delta=delta))
     grid = float(composed(terms, mesh(terms, closed)).get_epsilon_for_delta(delta))
-    prv = float(
-        epsilon(noise_multiplier=sigma, sample_rate=1.0, steps=steps, delta=delta, accountant="prv")
-    )
+    prv = float(epsilon(noise_multiplier=sigma, sample_rate=1.0, steps=steps, delta=delta, accountant="prv"))
     row = {"noise_multiplier": sigma, "steps": steps, "delta": delta}
     return {**row, "closed": closed, "grid": grid, "prv": prv}
 

@@ -25,7 +25,10 @@ KINDS = {
     "data": ("data", "DATA by name, folder or file"),
     "defenses": ("defenses", "wrappers around a model"),
     "recipes": ("defenses.training", "training methods, for `robust train --recipe`"),
-    "accountants": ("defenses.privacy.accountants", "what private training costs, for `robust privacy epsilon`"),
+    "accountants": (
+        "defenses.privacy.accountants",
+        "what private training costs, for `robust privacy epsilon`",
+    ),
     "metrics": ("metrics", "measures of attacks and defences"),
     "corruptions": ("corruptions", "natural corruptions of images"),
     "poisoning": ("attacks.poisoning", "attacks on the training data"),

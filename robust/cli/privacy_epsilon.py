@@ -18,17 +18,22 @@ from robust.registry import room
 Noise = Annotated[
     str | None,
     typer.Option(
-        "--noise-multiplier", metavar="SIGMA", help="The noise's standard deviation; see --noise-over.", show_default=False
+        "--noise-multiplier",
+        metavar="SIGMA",
+        help="The noise's standard deviation; see --noise-over.",
+        show_default=False,
     ),
 ]
 Rate = Annotated[
     str | None,
-    typer.Option("--sample-rate", metavar="Q", help="Batch over records, such as 256/60000.", show_default=False),
+    typer.Option(
+        "--sample-rate", metavar="Q", help="Batch over records, such as 256/60000.", show_default=False
+    ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="How many steps.", show_default=False)]
-Delta = Annotated[
-    str, typer.Option("--delta", metavar="DELTA", help="A probability well below 1 / records.")
+Steps = Annotated[
+    int | None, typer.Option("--steps", metavar="N", help="How many steps.", show_default=False)
 ]
+Delta = Annotated[str, typer.Option("--delta", metavar="DELTA", help="A probability well below 1 / records.")]
 Sampling = Annotated[
     str,
     typer.Option(
@@ -40,7 +45,10 @@ Sampling = Annotated[
 Names = Annotated[
     list[str] | None,
     typer.Option(
-        "--accountant", metavar="NAME", help="May be repeated. Default: all that can serve.", show_default=False
+        "--accountant",
+        metavar="NAME",
+        help="May be repeated. Default: all that can serve.",
+        show_default=False,
     ),
 ]
 NoiseOver = Annotated[
@@ -71,7 +79,9 @@ Phases = Annotated[
 ]
 LedgerFile = Annotated[
     Path | None,
-    typer.Option("--ledger", metavar="FILE", help="What this ledger says was spent, first.", show_default=False),
+    typer.Option(
+        "--ledger", metavar="FILE", help="What this ledger says was spent, first.", show_default=False
+    ),
 ]
 Target = Annotated[
     str | None,
@@ -101,7 +111,11 @@ def privacy_epsilon(
     """What a private training costs by every accountant, with its assumptions, or what a budget allows."""
     # The rooms above the core are reached by name.
     privacy = importlib.import_module("robust.defenses.privacy")
-    unit = {"sampling": sampling, "noise_over": noise_over, "count_noise": _number(count_noise, "--count-noise")}
+    unit = {
+        "sampling": sampling,
+        "noise_over": noise_over,
+        "count_noise": _number(count_noise, "--count-noise"),
+    }
     given: dict[str, Any] = {
         "noise_multiplier": _number(noise_multiplier, "--noise-multiplier"),
         "sample_rate": _number(sample_rate, "--sample-rate"),
@@ -193,11 +207,17 @@ def _show(rows: Sequence[Any], refused: dict[str, str], found: dict[str, Any]) -
         kind = "upper bound" if row.about.guaranteed else "approximation"
         table.add_row(row.about.accountant, value, f"{row.about.delta:g}", kind)
     options.print_table(table)
-    shared = [line for line in rows[0].about.assumptions if all(line in row.about.assumptions for row in rows)]
+    shared = [
+        line for line in rows[0].about.assumptions if all(line in row.about.assumptions for row in rows)
+    ]
     for line in shared:
         print(f"- {line}")
     for row in rows:
         own = [line for line in row.about.assumptions if line not in shared]
-        print(f"- {row.about.accountant}: {'; '.join(line.removeprefix('accountant: ') for line in own)}" if own else "")
+        print(
+            f"- {row.about.accountant}: {'; '.join(line.removeprefix('accountant: ') for line in own)}"
+            if own
+            else ""
+        )
     for line in refused.values():
         print(f"- none by {line.removeprefix('accountant ')}")

@@ -38,7 +38,8 @@ def test_a_number_says_what_it_assumes(name: str, sampling: str) -> None:
     words = "\n".join(about.assumptions)
     for topic in ("sampling ", "neighbours: ", "accountant: ", "conversion: ", "composition: ", "noise: "):
         assert f"\n{topic}" in f"\n{words}"
-    assert ("restart" in words) and ("secret" in words)
+    assert "restart" in words
+    assert "secret" in words
     assert about.guaranteed == (name != "gdp")
     assert ("approximation" in words) == (name == "gdp")
     assert ("earns nothing" in words) == (name == "zcdp" and sampling != "shuffled")
@@ -69,7 +70,9 @@ def test_a_phase_in_pieces_is_the_same_phase(name: str, sampling: str) -> None:
 def test_what_an_accountant_cannot_serve_is_refused_in_one_line(name: str, sampling: str) -> None:
     if (name, sampling) in SERVED:
         return
-    with pytest.raises(ConfigError, match=f"accountant {name} cannot serve {sampling} batches: .*; rdp") as caught:
+    with pytest.raises(
+        ConfigError, match=f"accountant {name} cannot serve {sampling} batches: .*; rdp"
+    ) as caught:
         epsilon(**BASE, accountant=name, sampling=sampling)
     assert "\n" not in str(caught.value)
 

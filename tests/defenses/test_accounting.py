@@ -41,7 +41,12 @@ def test_the_known_figures_at_sigma_1(name: str, figure: float) -> None:
 
 def test_fixed_batches_without_replacement() -> None:
     value = epsilon(
-        noise_multiplier=1.0, sample_rate=100 / 10_000, steps=1000, delta=1e-5, accountant="rdp", sampling="fixed"
+        noise_multiplier=1.0,
+        sample_rate=100 / 10_000,
+        steps=1000,
+        delta=1e-5,
+        accountant="rdp",
+        sampling="fixed",
     )
     assert value == pytest.approx(3.576, rel=0.005)
     assert value.about.neighbours == "one record replaced by any other"
@@ -56,7 +61,9 @@ def test_noise_over_the_clipping_norm_is_half_as_much_where_a_record_is_replaced
     assert poisson == epsilon(noise_multiplier=2.0, **setting)
 
 
-@pytest.mark.parametrize(("sigma", "steps", "delta"), [(1.0, 1, 1e-5), (4.0, 100, 1e-6), (30.0, 10, 1e-5), (0.5, 20, 1e-7)])
+@pytest.mark.parametrize(
+    ("sigma", "steps", "delta"), [(1.0, 1, 1e-5), (4.0, 100, 1e-6), (30.0, 10, 1e-5), (0.5, 20, 1e-7)]
+)
 def test_full_batches_equal_the_analytic_gaussian_mechanism(sigma: float, steps: int, delta: float) -> None:
     exact = analytic(math.sqrt(steps) / sigma, delta)
     setting = {"noise_multiplier": sigma, "sample_rate": 1.0, "steps": steps, "delta": delta}

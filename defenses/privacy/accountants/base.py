@@ -72,7 +72,10 @@ def thin(terms: tuple[Term, ...], most: int = MOST) -> tuple[tuple[Term, ...], t
         thinned, width = tuple(Term(*point, count) for point, count in points.items()), 1.25 * width
     if thinned is terms:
         return terms, ()
-    note = f"{len(terms)} different steps are composed as {len(thinned)}, noises rounded down and rates up by at most {width / 1.25:.1%}"
+    note = (
+        f"{len(terms)} different steps are composed as {len(thinned)}, noises rounded down and rates up by at most "
+        f"{width / 1.25:.1%}"
+    )
     return thinned, (note,)
 
 

@@ -11,8 +11,8 @@ from robust.defenses.privacy.accounting import Composition, Term
 class GDP(Accountant):
     """Gaussian DP by a central limit theorem, an approximation that may understate (Bu et al. 2020, arXiv:1911.11607).
 
-    Poisson batches by their Theorem 5, fixed-size ones by the limit of Dong, Roth and Su 2019 (arXiv:1905.02383, Corollary
-    4); full batches are exact.
+    Poisson batches by their Theorem 5, fixed-size ones by the limit of Dong, Roth and Su 2019 (arXiv:1905.02383,
+    Corollary 4); full batches are exact.
     """
 
     words = "GDP, the limit of many small steps: an approximation that may understate, no guarantee"
@@ -40,7 +40,9 @@ def _square(term: Term, fixed: bool) -> float:
         moment = math.expm1(sigma**-2)
         if fixed:
             # 2 (e^(1/s^2) Phi(1.5/s) + 3 Phi(-0.5/s) - 2), written so that small 1/s^2 does not cancel.
-            moment = 2 * (moment * _phi(1.5 / sigma) + (_phi(1.5 / sigma) - 0.5) - 3 * (0.5 - _phi(-0.5 / sigma)))
+            moment = 2 * (
+                moment * _phi(1.5 / sigma) + (_phi(1.5 / sigma) - 0.5) - 3 * (0.5 - _phi(-0.5 / sigma))
+            )
     except OverflowError:
         return math.inf
     return count * rate**2 * moment

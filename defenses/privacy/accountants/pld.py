@@ -34,7 +34,7 @@ class PLD(Accountant):
         rough, _ = RDP().epsilon(composition, delta)
         if rough > LARGEST:
             raise ConfigError(
-                f"accountant pld stops at epsilon {LARGEST:g}, and rdp bounds this one by {rough:.4g}: no privacy to speak of"
+                f"accountant pld stops at epsilon {LARGEST:g}, and rdp bounds this one by {rough:.4g}: hardly any privacy"
             )
         terms, notes = thin(composition.terms)
         grid = mesh(terms, rough)

@@ -30,23 +30,31 @@ class PRV(Accountant):
             error, reach = _error(terms, delta)
             if reach > LARGEST:
                 raise ConfigError(
-                    f"accountant prv stops at losses of {LARGEST:g}, and these reach {reach:.4g}: no privacy to speak of"
+                    f"accountant prv stops at losses of {LARGEST:g}, and these reach {reach:.4g}: hardly any privacy"
                 )
             accountant = package("opacus.accountants", "prv").PRVAccountant()
             accountant.history = [(sigma, rate, count) for sigma, rate, count in terms]
             try:
                 found = float(accountant.get_epsilon(delta, eps_error=error))
             except (ValueError, RuntimeError) as problem:
-                raise ConfigError(f"accountant prv gives up: {first_line(problem)}; rdp and pld can") from problem
+                raise ConfigError(
+                    f"accountant prv gives up: {first_line(problem)}; rdp and pld can"
+                ) from problem
         if not math.isfinite(found):
-            raise ConfigError("accountant prv gives up: its numbers left the range of float64; rdp and pld can")
-        return max(found, 0.0), (*notes, f"conversion: an upper estimate, with its error of {error:.2g} added")
+            raise ConfigError(
+                "accountant prv gives up: its numbers left the range of float64; rdp and pld can"
+            )
+        return max(found, 0.0), (
+            *notes,
+            f"conversion: an upper estimate, with its error of {error:.2g} added",
+        )
 
 
 def _error(terms: tuple[Term, ...], delta: float) -> tuple[float, float]:
     """The error to ask for, and how far the losses reach.
 
-    Opacus's grid has ``error / sqrt(steps log(12 / delta_error) / 2)`` between its points (Gopi et al. 2021, Theorem 5.5).
+    Opacus's grid has ``error / sqrt(steps log(12 / delta_error) / 2)`` between its points (Gopi et al. 2021,
+    Theorem 5.5).
     """
     prv = package("opacus.accountants.analysis.prv", "prv")
     rough = package("opacus.accountants", "prv").RDPAccountant()

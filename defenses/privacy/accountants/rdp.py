@@ -32,7 +32,10 @@ class RDP(Accountant):
         with hushed():
             module = package("dp_accounting.rdp", "rdp")
             total = sum(
-                (count * _moments(sigma, rate, composition.sampling == "fixed") for sigma, rate, count in terms),
+                (
+                    count * _moments(sigma, rate, composition.sampling == "fixed")
+                    for sigma, rate, count in terms
+                ),
                 np.zeros(len(_orders())),
             )
             found, order = module.compute_epsilon(_orders(), total, delta)
@@ -68,7 +71,7 @@ def _moments(sigma: float, rate: float, fixed: bool) -> Any:
 def fractional(sigma: float, rate: float, order: float) -> float:
     """The Renyi divergence of one Poisson-sampled Gaussian step at any order above 1, by quadrature.
 
-    dp-accounting 0.6 sums the series for fractional orders without its signs: a bound, but a loose one below order 3, or
+    dp-accounting 0.6 sums the series for fractional orders without its signs: a bound, but loose below order 3, or
     none. The expectation itself, E (1 - q + q exp((2z - 1) / (2 sigma^2)))^order over z ~ N(0, sigma^2) (Mironov et al.
     2019, section 3.3), is smooth, and the trapezoidal rule converges exponentially: its error falls like
     exp(-2 pi^2 sigma^2 / h) in the spacing h, as the nearest singularity is pi sigma^2 off the real line.
@@ -78,5 +81,7 @@ def fractional(sigma: float, rate: float, order: float) -> float:
     ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * z - 1) / (2 * sigma**2))
     logs = order * ratio - z**2 / (2 * sigma**2)
     top = logs.max()
-    total = top + math.log(float(np.exp(logs - top).sum()) * spacing) - math.log(sigma * math.sqrt(2 * math.pi))
+    total = (
+        top + math.log(float(np.exp(logs - top).sum()) * spacing) - math.log(sigma * math.sqrt(2 * math.pi))
+    )
     return max(total, 0.0) / (order - 1)
