@@ -105,7 +105,7 @@ class Phase(NamedTuple):
     """A mechanism and how many steps of it were taken; ``fresh`` says that a run, and so an epoch, begins here."""
 
     mechanism: Mechanism
-    count: int
+    steps: int
     fresh: bool = False
 
 
@@ -113,11 +113,11 @@ PhaseLike = Phase | tuple[Mechanism, int]
 
 
 class Term(NamedTuple):
-    """`count` Gaussian mechanisms with noise `sigma` (over the sensitivity) on a batch sampled at `rate`."""
+    """`steps` Gaussian mechanisms with noise `sigma` (over the sensitivity) on a batch sampled at `rate`."""
 
     sigma: float
     rate: float
-    count: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Composition:
     @property
     def mu(self) -> float:
         """The root of the sum of 1/sigma^2 over all steps: the 1/sigma of full batches as one Gaussian."""
-        return math.sqrt(math.fsum(term.count / term.sigma**2 for term in self.terms))
+        return math.sqrt(math.fsum(term.steps / term.sigma**2 for term in self.terms))
 
 
 @dataclass(frozen=True)
@@ -205,15 +205,15 @@ def compose(phases: Iterable[PhaseLike]) -> Composition:
     """
     listed = [Phase(*phase) for phase in phases]
     for phase in listed:
-        if isinstance(phase.count, bool) or phase.count != int(phase.count) or phase.count < 0:
-            raise ConfigError(f"{phase.count!r} is no number of steps; give a whole number such as 1000")
+        if isinstance(phase.steps, bool) or phase.steps != int(phase.steps) or phase.steps < 0:
+            raise ConfigError(f"{phase.steps!r} is no number of steps; give a whole number such as 1000")
     samplings = dict.fromkeys(phase.mechanism.sampling for phase in listed)
     if len(samplings) > 1:
         raise ConfigError(
             f"{' and '.join(samplings)} batches cannot be composed: their guarantees compare different neighbours"
         )
     sampling = next(iter(samplings), "poisson")
-    taken = [phase for phase in listed if phase.count and phase.mechanism.sample_rate]
+    taken = [phase for phase in listed if phase.steps and phase.mechanism.sample_rate]
     steps = _epochs(taken) if sampling == "shuffled" else [_term(phase) for phase in taken]
     found: dict[tuple[float, float], int] = {}
     for sigma, rate, count in steps:
@@ -224,12 +224,12 @@ def compose(phases: Iterable[PhaseLike]) -> Composition:
         leaking=any(s == 0 for s, _ in found),
         clip=any(phase.mechanism.noise_over == "clip" for phase in taken),
         counted=any(phase.mechanism.count_noise is not None for phase in taken),
-        steps=sum(int(phase.count) for phase in listed),
+        steps=sum(int(phase.steps) for phase in listed),
     )
 
 
 def _term(phase: Phase) -> Term:
-    return Term(phase.mechanism.sigma, float(phase.mechanism.sample_rate), int(phase.count))
+    return Term(phase.mechanism.sigma, float(phase.mechanism.sample_rate), int(phase.steps))
 
 
 def _epochs(phases: list[Phase]) -> list[Term]:
@@ -295,6 +295,7 @@ def spent(phases: Iterable[PhaseLike], *, delta: float, accountant: str = "pld")
             f"accountant {accountant} cannot serve {composition.sampling} batches: {chosen.refusal}; "
             f"{', '.join(serving(composition.sampling))} can"
         )
+    notes: tuple[str, ...]
     if composition.leaking:
         value, notes = math.inf, ("a step without noise hides nothing",)
     elif not composition.terms:

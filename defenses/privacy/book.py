@@ -96,6 +96,7 @@ class Book:
         lost: what counts though no step is known to have been taken for it: blocks that a crash cut short, torn lines.
         torn: what a torn last line counts for, until a line in its place says so; None where the file ends well.
         unended: a last line that is whole but for its line end.
+        sampling: the scheme of all that was ever booked, None while nothing was.
     """
 
     tail: str = ""
@@ -104,6 +105,7 @@ class Book:
     lost: list[Phase] = field(default_factory=list)
     torn: dict[str, Any] | None = None
     unended: Line | None = None
+    sampling: str | None = None
     _largest: int = 0
 
     def run(self, name: str) -> _Run:
@@ -130,15 +132,15 @@ class Book:
         booked = [mechanism for run in self.runs.values() for _, _, mechanism in run.parts]
         return booked + [phase.mechanism for phase in self.lost]
 
-    def phases(self) -> list[Phase]:
-        """What counts, run by run."""
-        booked = [
-            Phase(mechanism, end - first, fresh=first == 0)
-            for run in self.runs.values()
-            for first, end, mechanism in run.parts
-        ]
+    def phases(self, last: str = "") -> list[Phase]:
+        """What counts, run by run, and the run `last` at the end."""
+
+        def of(run: _Run) -> list[Phase]:
+            return [Phase(mechanism, end - first, fresh=first == 0) for first, end, mechanism in run.parts]
+
         torn = [Phase(_mechanism(self.torn), self.torn["count"], fresh=True)] if self.torn else []
-        return booked + self.lost + torn
+        others = [phase for name, run in self.runs.items() if name != last for phase in of(run)]
+        return [*others, *self.lost, *torn, *of(self.run(last))]
 
     def costliest(self) -> dict[str, Any]:
         """The most that a line which cannot be read may have booked.
@@ -169,6 +171,7 @@ class Book:
                 self.lost += [Phase(m, end - first, fresh=True) for first, end, m in run.cut(record["first"])]
                 run.add(record["first"], record["count"], _mechanism(record))
                 self._largest = max(self._largest, record["count"])
+                self.sampling = self.sampling or run.parts[-1][2].sampling
             case "giveback":
                 self.runs[record["run"]].cut(record["first"])
             case "torn":

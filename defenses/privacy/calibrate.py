@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from robust.defenses.privacy.accounting import Epsilon, Mechanism, PhaseLike, serving, spent
+from robust.defenses.privacy.accountants.base import Unanswered
+from robust.defenses.privacy.accounting import Epsilon, Mechanism, Phase, PhaseLike, serving, spent
 from robust.errors import ConfigError
 
 PRECISION = 3e-4  # relative, of noise and rate
@@ -79,8 +80,7 @@ class Budget:
         """
         try:
             cost = float(self.cost(phases))
-        except ConfigError:
-            require_served(self.accountant, phases)
+        except Unanswered:
             return math.inf
         return math.log(cost / self.epsilon) if cost > 0 else -math.inf
 
@@ -146,7 +146,7 @@ def calibrate(
             sampling=sampling, noise_over=noise_over, count_noise=count_noise,
         )  # fmt: skip
         count = int(value) if steps is None else int(steps)
-        return [*before, (mechanism, count)], mechanism, count
+        return [*before, Phase(mechanism, count, fresh=True)], mechanism, count
 
     require_served(accountant, phases(1)[0])
     if not budget.keeps(before):

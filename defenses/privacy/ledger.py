@@ -176,10 +176,10 @@ class Ledger:
             self._append("giveback", {"run": self.run, "first": first})
 
     def _composable(self, mechanism: Mechanism) -> None:
-        known = {other.sampling for other in self._book.mechanisms[:1]}
-        if known - {mechanism.sampling}:
+        known = self._book.sampling
+        if known not in {None, mechanism.sampling}:
             raise LedgerError(
-                f"{self.path}: it accounts for {known.pop()} batches; a {mechanism.sampling} step cannot be composed "
+                f"{self.path}: it accounts for {known} batches; a {mechanism.sampling} step cannot be composed "
                 "with them"
             )
 
@@ -211,8 +211,13 @@ class Ledger:
             self._broken = f"an earlier booking failed ({error.strerror}); open the ledger again"
 
     def phases(self) -> list[Phase]:
-        """All that is booked, every run after the other."""
-        return self._book.phases()
+        """All that is booked, run by run, and the open one last."""
+        return self._book.phases(self.run)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the open run has a step booked."""
+        return self._book.run(self.run).end > 0
 
     def spent(self, *, delta: float, accountant: str = "pld") -> Epsilon:
         """The epsilon of all that is booked."""

@@ -40,7 +40,7 @@ class Monitor:
         self._phases = [Phase(*phase) for phase in before]
         self._own: list[Phase] = []
         self._room: tuple[Mechanism | None, int] = (None, 0)
-        self._look = 64
+        self._look = self._first = 64 if ledger is None else max(64, ledger.block)
         self._seen: set[Mechanism] = set()
         require_served(budget.accountant, self.phases)
 
@@ -54,6 +54,11 @@ class Monitor:
         """The epsilon of all that counts so far."""
         return self.budget.cost(self.phases)
 
+    @property
+    def _begun(self) -> bool:
+        """Whether this training has taken a step: the next one then goes on with its epoch."""
+        return bool(self._own) if self.ledger is None else self.ledger.begun
+
     def fits(self, mechanism: Mechanism, count: int = 1) -> bool:
         """Whether `count` more steps keep the budget."""
         return self._ahead(mechanism, count) >= count
@@ -64,7 +69,7 @@ class Monitor:
         require_served(self.budget.accountant, [*phases, (mechanism, 0)])
 
         def excess(count: float) -> float:
-            return self.budget.excess([*phases, Phase(mechanism, int(count))])
+            return self.budget.excess([*phases, Phase(mechanism, int(count), fresh=not self._begun)])
 
         return int(least_private(excess, "steps", max(64, self._room[1])))
 
@@ -99,9 +104,9 @@ class Monitor:
 
     def _count(self, mechanism: Mechanism) -> None:
         if self._own and self._own[-1].mechanism == mechanism:
-            self._own[-1] = self._own[-1]._replace(count=self._own[-1].count + 1)
+            self._own[-1] = self._own[-1]._replace(steps=self._own[-1].steps + 1)
         else:
-            self._own.append(Phase(mechanism, 1))
+            self._own.append(Phase(mechanism, 1, fresh=not self._own))
 
     def _ahead(self, mechanism: Mechanism, count: int) -> int:
         """Steps of a mechanism that are known to fit from here: at least `count`, or as many as there are."""
@@ -112,12 +117,12 @@ class Monitor:
         phases = self.phases
         require_served(self.budget.accountant, [*phases, (mechanism, 0)])
         # The block doubles while one mechanism goes on, so that evaluations grow with the logarithm of the steps.
-        self._look = max(count, 2 * self._look if known == watched else 64)
+        self._look = max(count, 2 * self._look if known == watched else self._first)
 
         room, beyond = 0, self._look + 1
         trial = self._look
         while beyond - room > 1:
-            fits = self._keeps([*phases, Phase(watched, trial)])
+            fits = self._keeps([*phases, Phase(watched, trial, fresh=not self._begun)])
             room, beyond = (trial, beyond) if fits else (room, trial)
             trial = (room + beyond) // 2
         self._room = (watched, room)

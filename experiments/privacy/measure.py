@@ -98,12 +98,12 @@ def versions() -> dict[str, str]:
 
 def measure(say: Callable[[str], None] = print) -> dict[str, Any]:
     """The record."""
+    told = conditions(torch.device("cpu"))
+    told["versions"] |= versions()
     rows = []
     for sigma, (rate, steps), delta in itertools.product(SIGMAS, SCHEDULES, DELTAS):
         rows.append(setting(sigma, rate, steps, delta))
         say(str(rows[-1]))
-    told = conditions(torch.device("cpu"))
-    told["versions"] |= versions()
     closed = [full(*item) for item in FULL]
     return {**told, "settings": rows, "full": closed, "fixed": [fixed(1.0, 0.01, 1_000, 1e-5)]}
 

@@ -47,8 +47,8 @@ def findings(record: dict[str, Any]) -> list[str]:
         f"Full batches ({len(full)} settings): the numerical composition against the closed form "
         f"{span('grid', 'closed', full)}, PRV {span('prv', 'closed', full)}.",
         "Fixed-size batches, 100 of 10,000 under replacement, sigma 1, 1,000 steps, delta 1e-5: RDP "
-        f"{fixed['sensitivity']:.3f} with the noise over the sensitivity, {fixed['clip']:.2f} with it over the clipping "
-        "norm, which is half of that.",
+        f"{fixed['sensitivity']:.3f} with the noise over the sensitivity, {fixed['clip']:.2f} with it over the "
+        "clipping norm, which is half of that.",
     ]
 
 

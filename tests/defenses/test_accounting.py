@@ -135,7 +135,7 @@ def shuffled(sigma: float, rate: float = 0.1) -> Mechanism:
 
 def test_a_shuffled_epoch_counts_with_its_least_noise_and_a_restart_begins_a_new_one() -> None:
     def terms(*phases: tuple[Mechanism, int] | Phase) -> dict[float, int]:
-        return {term.sigma: term.count for term in compose(phases).terms}
+        return {term.sigma: term.steps for term in compose(phases).terms}
 
     assert terms((shuffled(2.0), 5), (shuffled(1.0), 5)) == {1.0: 1}
     assert terms((shuffled(1.0), 15), (shuffled(2.0), 15)) == {1.0: 2, 2.0: 1}
@@ -162,8 +162,9 @@ def test_the_noisy_count_of_adaptive_clipping_is_accounted() -> None:
     assert fixed.sigma == pytest.approx(z / 2)
 
 
-def test_a_schedule_of_many_noises_is_bounded_from_above_and_closely() -> None:
-    noises = np.geomspace(3.0, 1.0, 132)
+def test_a_schedule_of_many_noises_is_bounded_from_above_and_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robust.defenses.privacy.accountants.rdp.MOST", 24)
+    noises = np.geomspace(1.3, 1.0, 36)
     phases = [(Mechanism(noise_multiplier=s, sample_rate=0.01), 10) for s in noises]
     value = spent(phases, delta=1e-5, accountant="rdp")
     from robust.defenses.privacy.accountants.rdp import _moments, _orders
@@ -172,14 +173,14 @@ def test_a_schedule_of_many_noises_is_bounded_from_above_and_closely() -> None:
     orders = np.array(_orders())
     exact = (bounds + np.log1p(-1 / orders) - np.log(1e-5 * orders) / (orders - 1)).min()
     assert exact <= value <= 1.03 * exact
-    assert "132 different steps" in value.statement
+    assert "36 different steps" in value.statement
 
 
 def test_thinned_terms_are_never_more_private_than_those_they_stand_for() -> None:
     terms = tuple(Term(1 + i / 100, 0.01 + i / 1e5, i + 1) for i in range(100))
     few, notes = thin(terms, 10)
     assert len(few) <= 10
-    assert sum(term.count for term in few) == sum(term.count for term in terms)
+    assert sum(term.steps for term in few) == sum(term.steps for term in terms)
     for term in terms:
         assert any(one.sigma <= term.sigma and one.rate >= term.rate for one in few)
     assert notes

@@ -248,11 +248,11 @@ with Ledger(path) as ledger:
             taken += 1
     except LedgerError as error:
         print(error)
-    assert sum(phase.count for phase in ledger.phases()) == taken
+    assert sum(phase.steps for phase in ledger.phases()) == taken
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     ledger.book(step)  # there is room again
     taken += 1
-print(taken, sum(phase.count for phase in read_ledger(path)))
+print(taken, sum(phase.steps for phase in read_ledger(path)))
 """
 
 

@@ -21,6 +21,10 @@ ALL = ("poisson", "fixed", "shuffled")
 MOST = 32
 
 
+class Unanswered(ConfigError):
+    """An epsilon that an accountant serves in principle, but that is too large for it to compute."""
+
+
 class Accountant(ABC):
     """An accountant.
 
@@ -41,7 +45,7 @@ class Accountant(ABC):
         """The epsilon of a composition with at least one term, and what is to be said about it.
 
         Raises:
-            ConfigError: an epsilon that it cannot compute, or a package that is missing.
+            Unanswered: it is too large to compute. ConfigError: a package is missing.
         """
 
 

@@ -6,10 +6,16 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from robust.defenses.privacy.accountants.base import Accountant, gaussian_epsilon, hushed, package, thin
+from robust.defenses.privacy.accountants.base import (
+    Accountant,
+    Unanswered,
+    gaussian_epsilon,
+    hushed,
+    package,
+    thin,
+)
 from robust.defenses.privacy.accountants.rdp import RDP
 from robust.defenses.privacy.accounting import Composition, Term
-from robust.errors import ConfigError
 
 LARGEST = 400.0  # above it exp(loss) leaves float64, and a bound promises nothing anyway
 POINTS = 2_000_000
@@ -33,8 +39,8 @@ class PLD(Accountant):
             return gaussian_epsilon(composition.mu, delta), (words,)
         rough, _ = RDP().epsilon(composition, delta)
         if rough > LARGEST:
-            raise ConfigError(
-                f"accountant pld stops at epsilon {LARGEST:g}, and rdp bounds this one by {rough:.4g}: hardly any privacy"
+            raise Unanswered(
+                f"accountant pld stops at epsilon {LARGEST:g}, and rdp bounds this one by {rough:.4g}: little privacy"
             )
         terms, notes = thin(composition.terms)
         grid = mesh(terms, rough)

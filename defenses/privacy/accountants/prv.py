@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from robust.defenses.privacy.accountants.base import Accountant, hushed, package, thin
+from robust.defenses.privacy.accountants.base import Accountant, Unanswered, hushed, package, thin
 from robust.defenses.privacy.accounting import Composition, Term
-from robust.errors import ConfigError, first_line
+from robust.errors import first_line
 
 POINTS = 1 << 22  # of the grid of losses
 LARGEST = 500.0  # of the losses; above it exp(loss) leaves float64
@@ -29,7 +29,7 @@ class PRV(Accountant):
         with hushed():
             error, reach = _error(terms, delta)
             if reach > LARGEST:
-                raise ConfigError(
+                raise Unanswered(
                     f"accountant prv stops at losses of {LARGEST:g}, and these reach {reach:.4g}: hardly any privacy"
                 )
             accountant = package("opacus.accountants", "prv").PRVAccountant()
@@ -37,11 +37,11 @@ class PRV(Accountant):
             try:
                 found = float(accountant.get_epsilon(delta, eps_error=error))
             except (ValueError, RuntimeError) as problem:
-                raise ConfigError(
+                raise Unanswered(
                     f"accountant prv gives up: {first_line(problem)}; rdp and pld can"
                 ) from problem
         if not math.isfinite(found):
-            raise ConfigError(
+            raise Unanswered(
                 "accountant prv gives up: its numbers left the range of float64; rdp and pld can"
             )
         return max(found, 0.0), (

@@ -12,6 +12,7 @@ import numpy as np
 from robust.defenses.privacy.accountants.base import Accountant, hushed, package, thin
 from robust.defenses.privacy.accounting import Composition
 
+MOST = 128  # different steps that are composed as they are
 SHARPEST = 0.02  # below this noise the quadrature would need too many points, and nothing is private anyway
 
 ROUNDING = 1e-14  # of log E(...), added so that what rounds to nothing stays above the truth
@@ -28,7 +29,7 @@ class RDP(Accountant):
 
     def epsilon(self, composition: Composition, delta: float) -> tuple[float, tuple[str, ...]]:
         """The smallest epsilon over the orders (Canonne, Kamath and Steinke 2020, arXiv:2004.00010, Prop. 12)."""
-        terms, notes = thin(composition.terms, 128)
+        terms, notes = thin(composition.terms, MOST)
         with hushed():
             module = package("dp_accounting.rdp", "rdp")
             total = sum(
@@ -84,4 +85,4 @@ def fractional(sigma: float, rate: float, order: float) -> float:
     total = (
         top + math.log(float(np.exp(logs - top).sum()) * spacing) - math.log(sigma * math.sqrt(2 * math.pi))
     )
-    return max(total, 0.0) / (order - 1)
+    return max(float(total), 0.0) / (order - 1)
