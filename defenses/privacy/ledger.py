@@ -2,9 +2,8 @@
 
 A ledger is a text file to which JSON lines are only ever added. A line's digest covers the line before it, so that
 damage, edits and missing lines show; it is integrity, no signature. Reading never guesses low: a torn last line,
-which a
-crash in the middle of a booking leaves, counts as a whole block of the costliest step the ledger knows; any other
-damage is an error.
+which a crash in the middle of a booking leaves, counts as a whole block of the costliest step the ledger knows; any
+other damage is an error.
 
 A *run* is one sequence of steps 0, 1, 2, … Each opening begins a run of its own, and all runs compose. Only a training
 that resumes bit for bit, with the very same draws at every step, may pass its own `run` name: the steps that it repeats
@@ -50,7 +49,8 @@ class Ledger:
         path: the file; it is made where there is none.
         run: the name of a training that resumes bit for bit, such as a digest of its configuration, data and seed; None
             begins a run that no other continues.
-        block: how many steps to book at once. A block is one write and one flush, and a crash loses its unused rest.
+        block: how many steps to book at once. A block is one write and one flush, some milliseconds on a disk; the
+            steps within it cost a comparison, and a crash loses its unused rest.
 
     Raises:
         LedgerError: another process has it open, it is damaged, or it cannot be written.

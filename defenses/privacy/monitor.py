@@ -78,8 +78,7 @@ class Monitor:
 
         Args:
             mechanism: the step. step: its number in the ledger's run; a step that a resumed run repeats is booked
-            already
-                and costs nothing (see `Ledger`).
+                already and costs nothing (see `Ledger`).
 
         Raises:
             BudgetSpent: it does not fit. LedgerError: it cannot be booked.
@@ -118,14 +117,13 @@ class Monitor:
         require_served(self.budget.accountant, [*phases, (mechanism, 0)])
         # The block doubles while one mechanism goes on, so that evaluations grow with the logarithm of the steps.
         self._look = max(count, 2 * self._look if known == watched else self._first)
-
         room, beyond = 0, self._look + 1
         trial = self._look
         while beyond - room > 1:
             fits = self._keeps([*phases, Phase(watched, trial, fresh=not self._begun)])
             room, beyond = (trial, beyond) if fits else (room, trial)
             trial = (room + beyond) // 2
-        self._room = (watched, room)
+        self._room, self._look = (watched, room), max(room, count)
         return room
 
     def _keeps(self, phases: list[Phase]) -> bool:

@@ -44,7 +44,7 @@ HELP = {
     "matrix": "Measure models and defenses against suites and a patch.",
     "train": "Train a model by a recipe.",
     "certify": "Certify radii that no attack can beat, with their confidence.",
-    "privacy": "Account for private training: what it costs, and what a budget allows.",
+    "privacy": "What private training costs, and what models leak.",
     "report": "Write a run's report again, and verify its evidence.",
     "serve": "Serve a model's answers over HTTP, to be attacked over a socket.",
     "bench": "Measure ours against other libraries, correctness first.",

@@ -33,6 +33,6 @@ app = typer.Typer(
 
 @app.callback()
 def _group(ctx: typer.Context) -> None:
-    """Account for private training, and measure what models leak."""
+    """What private training costs, and what models leak."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import typer
 
 from robust.cli import options
 from robust.errors import ConfigError, RobustError
-from robust.registry import room
+from robust.registry import Registry, room
 
 Noise = Annotated[
     str | None,
@@ -109,8 +108,7 @@ def privacy_epsilon(
     as_json: options.Json = False,
 ) -> None:
     """What a private training costs by every accountant, with its assumptions, or what a budget allows."""
-    # The rooms above the core are reached by name.
-    privacy = importlib.import_module("robust.defenses.privacy")
+    tools = room("defenses.privacy")
     unit = {
         "sampling": sampling,
         "noise_over": noise_over,
@@ -122,30 +120,30 @@ def privacy_epsilon(
         "steps": steps,
     }
     chance = options.number(delta, "--delta")
-    spent = privacy.read_ledger(ledger) if ledger is not None else []
-    spent += [_phase(text, unit, privacy) for text in phase or []]
+    spent = tools.load("read-ledger")(ledger) if ledger is not None else []
+    spent += [_phase(text, unit, tools) for text in phase or []]
     found: dict[str, Any] = {}
     if target_epsilon is not None:
         target = options.number(target_epsilon, "--target-epsilon")
         name = _calibrating(accountant, sampling)
-        solved = privacy.calibrate(
+        solved = tools.load("calibrate")(
             target_epsilon=target, delta=chance, accountant=name, before=spent, **given, **unit
         )
         found = {"target_epsilon": target, "by": name, "solved": solved.solved, "value": solved.value}
         given[solved.solved] = solved.value if solved.solved != "steps" else solved.steps
-        spent = [*spent, (solved.mechanism, solved.steps)]
+        spent = [*spent, tools.load("phase")(solved.mechanism, solved.steps, True)]
     elif all(value is not None for value in given.values()):
-        count = given["steps"]
-        mechanism = privacy.Mechanism(
+        mechanism = tools.load("mechanism")(
             noise_multiplier=given["noise_multiplier"], sample_rate=given["sample_rate"], **unit
         )
-        spent = [*spent, (mechanism, count)]
+        spent = [*spent, tools.load("phase")(mechanism, given["steps"], True)]
     elif any(value is not None for value in given.values()) or not (phase or ledger):
         lacking = ", ".join(f"--{name.replace('_', '-')}" for name, value in given.items() if value is None)
         raise ConfigError(f"{lacking}: missing; give all three, or two of them and --target-epsilon")
-    rows, refused = _account(spent, chance, accountant, privacy)
+    rows, refused = _account(spent, chance, accountant, tools)
     if as_json:
-        told = {**found, **given, "epsilons": [row.to_dict() for row in rows], "refused": refused}
+        shown = {name: "inf" if value == math.inf else value for name, value in given.items()}
+        told = {**found, **shown, "epsilons": [row.to_dict() for row in rows], "refused": refused}
         print(json.dumps(told, ensure_ascii=False, allow_nan=False))
     else:
         _show(rows, refused, found)
@@ -155,13 +153,15 @@ def _number(text: str | None, option: str) -> float | None:
     return None if text is None else options.number(text, option)
 
 
-def _phase(text: str, unit: dict[str, Any], privacy: Any) -> Any:
+def _phase(text: str, unit: dict[str, Any], tools: Registry) -> Any:
     """A phase of the form SIGMA:Q:N."""
     parts = text.split(":")
     if len(parts) != 3 or not parts[2].strip().isdigit():
         raise ConfigError(f"--phase: {text!r} is no phase; write noise:rate:steps such as 1.0:256/60000:1000")
     noise, rate = (options.number(part, "--phase") for part in parts[:2])
-    return privacy.Phase(privacy.Mechanism(noise_multiplier=noise, sample_rate=rate, **unit), int(parts[2]))
+    return tools.load("phase")(
+        tools.load("mechanism")(noise_multiplier=noise, sample_rate=rate, **unit), int(parts[2])
+    )
 
 
 def _calibrating(names: Sequence[str] | None, sampling: str) -> str:
@@ -174,14 +174,14 @@ def _calibrating(names: Sequence[str] | None, sampling: str) -> str:
 
 
 def _account(
-    phases: Sequence[Any], delta: float, names: Sequence[str] | None, privacy: Any
+    phases: Sequence[Any], delta: float, names: Sequence[str] | None, tools: Registry
 ) -> tuple[list[Any], dict[str, str]]:
     """An epsilon by every accountant, and why the others have none; one that was asked for by name must have one."""
     rows: list[Any] = []
     refused: dict[str, str] = {}
     for name in names or room("defenses.privacy.accountants"):
         try:
-            rows.append(privacy.spent(phases, delta=delta, accountant=name))
+            rows.append(tools.load("spent")(phases, delta=delta, accountant=name))
         except RobustError as error:
             if names:
                 raise

@@ -49,6 +49,9 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, "--noise-multiplier", "0", "--sample-rate", "0.1", "--steps", "1", "--accountant", "rdp"
     )
     assert none["epsilons"][0]["epsilon"] is None
+    quiet = answer(capsys, "--noise-multiplier", "inf", *SETTING[2:], "--accountant", "rdp")
+    assert quiet["noise_multiplier"] == "inf"
+    assert quiet["epsilons"][0]["epsilon"] == 0
 
 
 @pytest.mark.parametrize("missing", ["--noise-multiplier", "--sample-rate", "--steps"])
