@@ -7,13 +7,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from robust.cuda_ops import noise_batch
-from robust.cuda_ops.reference.smoothing import fill_uniforms
 from robust.recipe import require
 from robust.rng import stream_key
 
@@ -128,19 +128,27 @@ class KeyedNoise(Noise):
 
     def add(self, flat: Tensor, std: float, step: int) -> Tensor:
         """See `Noise`."""
-        who = torch.zeros(1, dtype=torch.int64, device=flat.device)
-        return noise_batch(flat[None], std, who, step, stream_key(self.seed, "dp-noise"))[0]
+        if flat.is_cuda:
+            who = torch.zeros(1, dtype=torch.int64, device=flat.device)
+            return noise_batch(flat[None], std, who, step, stream_key(self.seed, "dp-noise"))[0]
+        kind: Any = np.float64 if flat.dtype == torch.float64 else np.float32
+        drawn = self._draws("dp-noise", step).standard_normal(flat.numel(), dtype=kind)
+        return torch.from_numpy(drawn).mul_(std).add_(flat)
 
     def normal(self, step: int) -> float:
         """See `Noise`."""
-        nothing, who = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-        return float(noise_batch(nothing, 1.0, who, step, stream_key(self.seed, "dp-count")))
+        return float(self._draws("dp-count", step).standard_normal())
 
     def chosen(self, count: int, rate: float, step: int) -> Tensor:
         """See `Noise`."""
-        uniforms, who = torch.empty(1, count), torch.zeros(1, dtype=torch.int64)
-        fill_uniforms(uniforms, who, who + step, stream_key(self.seed, "dp-sample"))
-        return (uniforms[0] < math.floor(rate * 2**24) * 2.0**-24).nonzero()[:, 0]
+        uniforms = self._draws("dp-sample", step).random(count)  # sample i has number i: it does not depend on the others
+        return torch.from_numpy((uniforms < math.floor(rate * 2**53) * 2.0**-53).nonzero()[0].astype(np.int64))
+
+    def _draws(self, stream: str, step: int) -> np.random.Generator:
+        """numpy's Philox at the place of a step: its streams are long, and drawn in C."""
+        low, high = stream_key(self.seed, stream)
+        key = np.array([low | high << 32, step], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key))
 
 
 @dataclass(frozen=True)

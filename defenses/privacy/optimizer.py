@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from robust.defenses.privacy.clipping import Clipping, joint
-from robust.defenses.privacy.gradients.parts import Part, wide
+from robust.defenses.privacy.gradients.parts import Part, Shares, wide
 from robust.defenses.privacy.noise import KeyedNoise, Noise, Schedule, multiplier_at
 from robust.errors import ConfigError, ModelError, RunError
 
@@ -143,7 +143,7 @@ class PrivateOptimizer(Optimizer):
         scale = float(rows) if self.loss_reduction == "mean" else 1.0  # undoes the loss's mean
         norms = torch.stack([part.norm() for part in parts]) * scale
         lengths, factor = self.clipping.lengths(norms, self.max_grad_norm)
-        each = lengths if lengths.ndim == 2 else [lengths] * len(parts)
+        each = [Shares(one) for one in lengths] if lengths.ndim == 2 else [Shares(lengths)] * len(parts)
         sums = [part.weighted(one).mul_(factor * scale) for part, one in zip(parts, each, strict=True)]
         inside = (joint(norms) <= self.max_grad_norm).double() - 0.5
         self._fresh_count += float(inside.sum())

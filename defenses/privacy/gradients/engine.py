@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+from robust.defenses.privacy.gradients.arena import Arena
 from robust.defenses.privacy.gradients.bare import Bare
 from robust.defenses.privacy.gradients.convolutions import Convolution
 from robust.defenses.privacy.gradients.norms import GroupNorm, LayerNorm
@@ -70,6 +71,7 @@ class Engine:
         self.rows: int | None = None
         self._paused = 0
         self._task = -1
+        self.arena = Arena()
         self._found: list[list[Part]] = [[] for _ in self.parameters]
         self._seen: set[int] = set()
         self._token = torch.zeros((), requires_grad=True)
@@ -144,6 +146,8 @@ class Engine:
         (rows,) = self._seen
         with torch.no_grad():
             self.consumer.consume(rows, [add(parts) for parts in found])
+        del found
+        self.arena.reset()
 
 
 class Tap:
@@ -214,7 +218,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
         tap: Tap = ctx.tap
         assert tap.rule is not None
-        grad_x, parts = tap.rule.backward(tap.module, ctx.saved_tensors, grad, ctx.needs_input_grad[1])
+        grad_x, parts = tap.rule.backward(tap.module, ctx.saved_tensors, grad, ctx.needs_input_grad[1], tap.engine.arena)
         if tap.engine.wanted():
             tap.book(ctx, parts, len(grad))
         return None, grad_x, None

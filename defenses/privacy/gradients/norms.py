@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robust.defenses.privacy.gradients.arena import Arena
 from robust.defenses.privacy.gradients.parts import Rows
 from robust.defenses.privacy.gradients.rule import Parts, Rule, value
 
@@ -40,7 +41,7 @@ class GroupNorm(Rule):
         return out, (x, mean, rstd)
 
     def backward(
-        self, module: Any, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool
+        self, module: Any, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool, arena: Arena
     ) -> tuple[Tensor | None, Parts]:
         """See `Rule`."""
         x, mean, rstd = saved
@@ -75,7 +76,7 @@ class LayerNorm(Rule):
         return out, (x, mean, rstd)
 
     def backward(
-        self, module: nn.LayerNorm, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool
+        self, module: nn.LayerNorm, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool, arena: Arena
     ) -> tuple[Tensor | None, Parts]:
         """See `Rule`."""
         x, mean, rstd = saved

@@ -20,6 +20,26 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Shares:
+    """What each sample's gradient is divided by.
+
+    Attributes:
+        lengths: (B,), at least 1, infinite for samples that add nothing.
+        weights: (B,) one over them.
+        sound: whether all are finite.
+    """
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.lengths, self.weights = lengths, 1 / lengths
+        self.sound = bool(lengths.isfinite().all())
+
+    def cleared(self, values: Tensor) -> Tensor:
+        """`values` (B, …) with zeros for samples that add nothing: 0 · NaN would be NaN."""
+        if self.sound:
+            return values
+        return values.masked_fill(self.lengths.isinf().view(-1, *[1] * (values.ndim - 1)), 0)
+
+
 class Part(ABC):
     """Per-sample gradients of one parameter."""
 
@@ -28,8 +48,8 @@ class Part(ABC):
         """(B,) Euclidean norms, never below the true ones by more than rounding."""
 
     @abstractmethod
-    def weighted(self, lengths: Tensor) -> Tensor:
-        """Σ g_i / lengths_i in the parameter's shape, for `lengths` (B,) of at least 1; infinite ones add nothing."""
+    def weighted(self, shares: Shares) -> Tensor:
+        """Σ g_i / lengths_i in the parameter's shape, in float32 or float64."""
 
     @abstractmethod
     def rows(self) -> Tensor:
@@ -37,25 +57,36 @@ class Part(ABC):
 
 
 class Rows(Part):
-    """Gradients that are written out, (B, …)."""
+    """Gradients that are written out, (B, d, …).
 
-    def __init__(self, grads: Tensor) -> None:
-        self.grads = grads
-        self._norm = per_sample_norm(grads)  # now, while they are in the cache
+    Args:
+        norms: (B,) their norms, if they are known.
+        order: how the dimensions behind d lie in the parameter, where they were written in another order.
+    """
+
+    def __init__(self, grads: Tensor, norms: Tensor | None = None, order: tuple[int, ...] = ()) -> None:
+        self.grads, self.order = grads, order
+        self._norm = per_sample_norm(grads) if norms is None else norms  # now, while they are in the cache
 
     def norm(self) -> Tensor:
         """See `Part`."""
         return self._norm
 
-    def weighted(self, lengths: Tensor) -> Tensor:
+    def weighted(self, shares: Shares) -> Tensor:
         """See `Part`."""
         flat = self.grads.reshape(len(self.grads), self.grads[:1].numel())
-        summed, _ = clip_accumulate(flat, lengths, 1.0)
-        return summed.view(self.grads.shape[1:])
+        if shares.sound and not flat.is_cuda and flat.dtype == shares.weights.dtype:
+            summed = shares.weights @ flat  # what `clip_accumulate` does, without computing the weights again
+        else:
+            summed, _ = clip_accumulate(flat, shares.lengths, 1.0)
+        return self._ordered(summed.view(1, *self.grads.shape[1:]))[0]
 
     def rows(self) -> Tensor:
         """See `Part`."""
-        return self.grads
+        return self._ordered(self.grads)
+
+    def _ordered(self, grads: Tensor) -> Tensor:
+        return grads.permute(0, 1, *(2 + axis for axis in self.order)) if self.order else grads
 
 
 class Outer(Part):
@@ -86,11 +117,11 @@ class Outer(Part):
         """See `Part`."""
         return self._norm
 
-    def weighted(self, lengths: Tensor) -> Tensor:
+    def weighted(self, shares: Shares) -> Tensor:
         """See `Part`."""
         dtype = wide(self.grads.dtype)
-        a, g = (sound(part.to(dtype), lengths) for part in (self.inputs, self.grads))
-        g = g / lengths.to(dtype)[:, None, None]
+        a, g = (shares.cleared(part.to(dtype)) for part in (self.inputs, self.grads))
+        g = g * shares.weights.to(dtype)[:, None, None]
         return (g.flatten(0, 1).mT @ a.flatten(0, 1)).view(self.shape)
 
     def rows(self) -> Tensor:
@@ -127,10 +158,10 @@ class Lookup(Part):
         """See `Part`."""
         return self._norm
 
-    def weighted(self, lengths: Tensor) -> Tensor:
+    def weighted(self, shares: Shares) -> Tensor:
         """See `Part`."""
         dtype = wide(self.grads.dtype)
-        g = sound(self._kept().to(dtype), lengths) / lengths.to(dtype)[:, None, None]
+        g = shares.cleared(self._kept().to(dtype)) * shares.weights.to(dtype)[:, None, None]
         table = torch.zeros(self.shape, dtype=dtype, device=g.device)
         return table.index_add_(0, self.index.clamp_min(0).flatten(), g.flatten(0, 1))
 
@@ -139,12 +170,6 @@ class Lookup(Part):
         table = self.grads.new_zeros(len(self.index), *self.shape)
         where = self.index.clamp_min(0)[..., None].expand_as(self.grads)
         return table.scatter_add_(1, where, self._kept())
-
-
-def sound(values: Tensor, lengths: Tensor) -> Tensor:
-    """`values` (B, …) with the rows of infinite length set to zero: 0 · NaN would be NaN."""
-    bad = ~lengths.isfinite()
-    return values.masked_fill(bad.view(-1, *[1] * (values.ndim - 1)), 0) if bool(bad.any()) else values
 
 
 def add(parts: list[Part]) -> Part:

@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust.defenses.privacy.gradients.arena import Arena
 from robust.defenses.privacy.gradients.parts import Lookup, Outer, Rows
 from robust.defenses.privacy.gradients.rule import Parts, Rule, autocast, value
+
+_MOST = 1 << 28  # numbers that are written out without a thought: a gibibyte of float32
 
 
 class Linear(Rule):
@@ -26,7 +29,7 @@ class Linear(Rule):
         return F.linear(x, weight, value(module.bias, x)), (x,)
 
     def backward(
-        self, module: nn.Linear, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool
+        self, module: nn.Linear, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool, arena: Arena
     ) -> tuple[Tensor | None, Parts]:
         """See `Rule`."""
         (x,) = saved
@@ -34,20 +37,21 @@ class Linear(Rule):
         assert weight is not None
         rows, d, p = len(x), module.out_features, module.in_features
         a, g = x.reshape(rows, x[0:1].numel() // p, p), grad.reshape(rows, grad[0:1].numel() // d, d)
-        outer = Outer if few(a.shape[1], p * d) else _written
+        outer = Outer if few(rows, a.shape[1], p, d) else _written
         parts: Parts = {"weight": outer(a, g, module.weight.shape)}
         if module.bias is not None:
             parts["bias"] = Rows(g.sum(1))
         return (grad @ weight if wants_x else None), parts
 
 
-def few(positions: int, size: int) -> bool:
-    """Whether Gram matrices over the positions are cheaper than a gradient of `size` numbers for every sample.
+def few(rows: int, positions: int, p: int, d: int) -> bool:
+    """Whether Gram matrices over T positions are cheaper than writing out p·d numbers for every sample.
 
-    They cost T² (p + d) products more, and spare the traffic of p·d numbers; on the machines that were measured a
-    number written and read three times weighs as much as some 60 products.
+    They cost T² (p + d) products more, and spare the traffic of p·d numbers that are written once and read twice, which
+    weighs as much as some 15 products each; or they are the only form that fits into memory.
     """
-    return positions == 1 or (positions <= 32 and 2 * positions**2 < size)
+    spared = 2 * positions**2 < p * d and rows * p * d > _MOST
+    return positions == 1 or positions**2 * (p + d) < 15 * p * d or spared
 
 
 def _written(a: Tensor, g: Tensor, shape: torch.Size) -> Rows:
@@ -72,7 +76,7 @@ class Embedding(Rule):
         return F.embedding(x, module.weight.detach(), module.padding_idx), (x,)
 
     def backward(
-        self, module: nn.Embedding, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool
+        self, module: nn.Embedding, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool, arena: Arena
     ) -> tuple[Tensor | None, Parts]:
         """See `Rule`."""
         (index,) = saved

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from robust.defenses.privacy.gradients.arena import Arena
 from robust.defenses.privacy.gradients.parts import Part
 
 Parts = dict[str, Part]
@@ -37,9 +38,12 @@ class Rule(ABC):
 
     @abstractmethod
     def backward(
-        self, module: Any, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool
+        self, module: Any, saved: tuple[Tensor, ...], grad: Tensor, wants_x: bool, arena: Arena
     ) -> tuple[Tensor | None, Parts]:
-        """The gradient of the input if it is wanted, and each parameter's per-sample gradients by name."""
+        """The gradient of the input if it is wanted, and each parameter's per-sample gradients by name.
+
+        What they are written to may come from `arena`, which holds it until the backward pass has ended.
+        """
 
 
 def value(parameter: Tensor | None, like: Tensor) -> Tensor | None:
