@@ -36,9 +36,15 @@ def problems(model: nn.Module) -> Iterator[str]:
                 "use robust.defenses.privacy.fix(model), which puts GroupNorm in its place"
             )
         elif isinstance(module, _InstanceNorm) and module.track_running_stats:
-            yield f"{where} keeps running statistics of the samples without noise; build it with track_running_stats=False"
+            yield (
+                f"{where} keeps running statistics of the samples without noise; build it with "
+                "track_running_stats=False"
+            )
         elif own and is_parametrized(module):
-            yield f"{where} is parametrized, so that its weights have no per-sample gradient; remove the parametrization"
+            yield (
+                f"{where} is parametrized, so that its weights have no per-sample gradient; remove the "
+                "parametrization"
+            )
         elif own and isinstance(module, _FUSED):
             yield (
                 f"{first} belongs to a {type(module).__name__}, whose kernel gives no per-sample gradient; use "
@@ -76,7 +82,9 @@ def check(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     known = {id(p) for p in model.parameters()}
     for p in held.values():
         if id(p) not in known:
-            raise ConfigError(f"the optimizer has a parameter {tuple(p.shape)} that is not the model's; leave it out")
+            raise ConfigError(
+                f"the optimizer has a parameter {tuple(p.shape)} that is not the model's; leave it out"
+            )
     return named
 
 
@@ -84,8 +92,8 @@ def fix(model: nn.Module) -> nn.Module:
     """A copy of a model that can be trained privately: what mixes samples is replaced.
 
     Batch normalisations become group normalisations with at most 32 groups, and running statistics go. Recurrent layers
-    and attention become opacus's layers, for `engine="opacus"`, if it is installed. New layers have new weights; make the
-    optimizer afterwards.
+    and attention become opacus's layers, for `engine="opacus"`, if it is installed. New layers have new weights; make
+    the optimizer afterwards.
 
     Raises:
         ModelError: opacus is needed and absent.
@@ -110,7 +118,9 @@ def _replaced(module: nn.Module) -> nn.Module:
         norm = nn.GroupNorm(math.gcd(32, channels), channels, module.eps, affine=module.affine)
         like = next(iter([*module.parameters(), *module.buffers()]), None)
         norm.train(module.training)
-        return norm if like is None else norm.to(like.device, like.dtype if like.is_floating_point() else None)
+        return (
+            norm if like is None else norm.to(like.device, like.dtype if like.is_floating_point() else None)
+        )
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         module.track_running_stats = False
         module.running_mean = module.running_var = module.num_batches_tracked = None

@@ -23,6 +23,7 @@ class Clipping:
     """
 
     name: ClassVar[str] = "flat"
+    counts: ClassVar[bool] = False  # whether `moved` wants to know of the unclipped samples
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -84,7 +85,8 @@ class PerLayer(Clipping):
         count = len(norms)
         if self.max_grad_norms and len(self.max_grad_norms) != count:
             raise ConfigError(
-                f"max_grad_norm has {len(self.max_grad_norms)} bounds for {count} trainable parameters; give one for each"
+                f"max_grad_norm has {len(self.max_grad_norms)} bounds for {count} trainable parameters; "
+                "give one for each"
             )
         each = norms.new_tensor(self.max_grad_norms or [bound / math.sqrt(count)] * count)
         lengths = (norms / each[:, None]).clamp_min(1)
@@ -134,6 +136,7 @@ class Adaptive(Clipping):
     """
 
     name: ClassVar[str] = "adaptive"
+    counts: ClassVar[bool] = True
     target_unclipped_quantile: float = 0.5
     clipbound_learning_rate: float = 0.2
     unclipped_num_std: float = 10.0
@@ -161,8 +164,8 @@ class Adaptive(Clipping):
             return 0.0
         if 2 * self.unclipped_num_std <= noise_multiplier:
             raise ConfigError(
-                f"unclipped_num_std={self.unclipped_num_std:g} spends more than noise_multiplier={noise_multiplier:g} allows; "
-                f"it must be above {noise_multiplier / 2:g}"
+                f"unclipped_num_std={self.unclipped_num_std:g} spends more than "
+                f"noise_multiplier={noise_multiplier:g} allows; it must be above {noise_multiplier / 2:g}"
             )
         return float((noise_multiplier**-2 - (2 * self.unclipped_num_std) ** -2) ** -0.5)
 

@@ -140,9 +140,11 @@ class KeyedNoise(Noise):
         return float(self._draws("dp-count", step).standard_normal())
 
     def chosen(self, count: int, rate: float, step: int) -> Tensor:
-        """See `Noise`."""
-        uniforms = self._draws("dp-sample", step).random(count)  # sample i has number i: it does not depend on the others
-        return torch.from_numpy((uniforms < math.floor(rate * 2**53) * 2.0**-53).nonzero()[0].astype(np.int64))
+        """See `Noise`; number i of a step's stream is sample i's."""
+        uniforms = self._draws("dp-sample", step).random(count)
+        return torch.from_numpy(
+            (uniforms < math.floor(rate * 2**53) * 2.0**-53).nonzero()[0].astype(np.int64)
+        )
 
     def _draws(self, stream: str, step: int) -> np.random.Generator:
         """numpy's Philox at the place of a step: its streams are long, and drawn in C."""
@@ -156,8 +158,8 @@ class SecureNoise(Noise):
     """Noise from the operating system's cryptographic generator, safe from attacks on floating point.
 
     A normal is half the sum of four, so that its bits do not tell of one draw (Holohan & Braghin 2021,
-    arXiv:2107.10138, section 5.1); it is added in float64, and the result is rounded. It cannot be drawn again: a resumed
-    training goes on with other noise.
+    arXiv:2107.10138, section 5.1); it is added in float64, and the result is rounded. It cannot be drawn again: a
+    resumed training goes on with other noise.
     """
 
     def add(self, flat: Tensor, std: float, step: int) -> Tensor:

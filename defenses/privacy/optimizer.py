@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from robust.defenses.privacy.clipping import Clipping, joint
-from robust.defenses.privacy.gradients.parts import Part, Shares, wide
+from robust.defenses.privacy.gradients.parts import Part, Shares
 from robust.defenses.privacy.noise import KeyedNoise, Noise, Schedule, multiplier_at
 from robust.errors import ConfigError, ModelError, RunError
 
@@ -70,39 +70,43 @@ class PrivateOptimizer(Optimizer):
         self.history: list[tuple[float, float | None, int]] = []
         self.step_hook: StepHook | None = None
         self.is_last = True
-        self._fresh: list[Tensor] | None = None
-        self._total: list[Tensor] | None = None
+        self._fresh: Tensor | None = None
+        self._total: Tensor | None = None
         self._fresh_count = self._count = 0.0
         self._given: dict[int, tuple[Tensor, int]] = {}
         self._empty = False
+        self.engine: Any = None  # `make_private` puts it here
 
     # -- what users of optimizers expect ------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's."""
         return self.original_optimizer.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Sets the wrapped optimizer\'s."""
         self.original_optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The wrapped optimizer's."""
         return self.original_optimizer.state
 
     @state.setter
     def state(self, state: Any) -> None:
+        """Sets the wrapped optimizer\'s."""
         self.original_optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's."""
         return self.original_optimizer.defaults
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
+        """Sets the wrapped optimizer\'s."""
         self.original_optimizer.defaults = defaults
 
     def __repr__(self) -> str:
@@ -113,7 +117,9 @@ class PrivateOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the model was made private with the parameters it had."""
-        raise ConfigError("a private optimizer takes no further parameters; call make_private with all of them")
+        raise ConfigError(
+            "a private optimizer takes no further parameters; call make_private with all of them"
+        )
 
     def attach_step_hook(self, hook: StepHook) -> None:
         """A function called before each step is taken, so that a ledger can book it first; what it raises stops it."""
@@ -144,10 +150,12 @@ class PrivateOptimizer(Optimizer):
         norms = torch.stack([part.norm() for part in parts]) * scale
         lengths, factor = self.clipping.lengths(norms, self.max_grad_norm)
         each = [Shares(one) for one in lengths] if lengths.ndim == 2 else [Shares(lengths)] * len(parts)
-        sums = [part.weighted(one).mul_(factor * scale) for part, one in zip(parts, each, strict=True)]
-        inside = (joint(norms) <= self.max_grad_norm).double() - 0.5
-        self._fresh_count += float(inside.sum())
-        self._fresh = sums if self._fresh is None else [a.add_(b) for a, b in zip(self._fresh, sums, strict=True)]
+        sums = [part.weighted(one).flatten() for part, one in zip(parts, each, strict=True)]
+        dtype = torch.float64 if any(one.dtype == torch.float64 for one in sums) else torch.float32
+        flat = torch.cat([one.to(dtype) for one in sums]).mul_(factor * scale)
+        self._fresh = flat if self._fresh is None else self._fresh.add_(flat)
+        if self.clipping.counts:
+            self._fresh_count += float((joint(norms) <= self.max_grad_norm).double().sum()) - rows / 2
 
     def consume_empty(self) -> None:
         """Notes that the model was called with an empty batch, which has no backward pass worth the name."""
@@ -164,7 +172,7 @@ class PrivateOptimizer(Optimizer):
         self.is_last = last
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, after the last part of a batch; before it, the part's sum is only kept.
 
         Raises:
@@ -176,7 +184,9 @@ class PrivateOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._fresh is None and not self._empty:
-            raise RunError("step() without gradients: call backward() on the loss of the model in training mode first")
+            raise RunError(
+                "step() without gradients: call backward() on the loss of the model in training mode first"
+            )
         self._refuse_strangers()
         self._gather()
         if not self.is_last:
@@ -189,11 +199,7 @@ class PrivateOptimizer(Optimizer):
 
     def _gather(self) -> None:
         if self._fresh is not None:
-            if self._total is None:
-                self._total = self._fresh
-            else:
-                for total, fresh in zip(self._total, self._fresh, strict=True):
-                    total.add_(fresh)
+            self._total = self._fresh if self._total is None else self._total.add_(self._fresh)
         self._count += self._fresh_count
         self._fresh, self._fresh_count, self._empty = None, 0.0, False
 
@@ -208,21 +214,23 @@ class PrivateOptimizer(Optimizer):
 
     def _privatise(self) -> None:
         """Puts the noisy sum, or mean, into every parameter's `grad`."""
-        total = self._total
-        if total is None:
-            total = [torch.zeros_like(p, dtype=wide(p.dtype)) for p in self.parameters]
-        dtype = torch.float64 if any(one.dtype == torch.float64 for one in total) else torch.float32
-        flat = torch.cat([one.to(dtype).flatten() for one in total])
+        sizes = [p.numel() for p in self.parameters]
+        flat = self._total
+        if flat is None:
+            dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=self.parameters[0].device)
         std = self.noise_std
         if std > 0:
             flat = self.noise.add(flat, std, self.steps)
         if self.loss_reduction == "mean":
             flat = flat / self.expected_batch_size
-        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+        for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
             parameter.grad = part.view(parameter.shape).to(parameter.dtype)
             self._given[id(parameter)] = (parameter.grad, parameter.grad._version)
-        normal = self.noise.normal(self.steps) if std > 0 else 0.0
-        self.max_grad_norm = self.clipping.moved(self.max_grad_norm, self._count, self.expected_batch_size, normal)
+        normal = self.noise.normal(self.steps) if std > 0 and self.clipping.counts else 0.0
+        self.max_grad_norm = self.clipping.moved(
+            self.max_grad_norm, self._count, self.expected_batch_size, normal
+        )
         self._total, self._count = None, 0.0
 
     def _refuse_strangers(self) -> None:
@@ -235,8 +243,9 @@ class PrivateOptimizer(Optimizer):
                 continue
             if bool(grad.any()):
                 raise ModelError(
-                    f"parameter {name} got a gradient from outside of its layer's forward in training mode (a penalty on "
-                    "weights, a functional use, or a backward pass in evaluation mode), which cannot be clipped by samples"
+                    f"parameter {name} got a gradient from outside of its layer's forward in training mode (a penalty "
+                    "on weights, a functional use, or a backward pass in evaluation mode), which cannot be clipped by "
+                    "samples"
                 )
 
     # -- state --------------------------------------------------------------------------------------------------

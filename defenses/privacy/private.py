@@ -45,27 +45,27 @@ def make_private(
     were. `zero_grad`, a loss over the model's outputs, `backward` and `step` follow for every batch of the loader.
 
     **Guarantee.** Each step is a Gaussian mechanism on a Poisson sample; `optimizer.history` tells an accountant. It
-    holds under adding or removing one sample. It does not hold if a sample enters two backward passes between two steps,
-    if the loss of one sample depends on another, or if whoever sees the weights knows the seed.
+    holds under adding or removing one sample. It does not hold if a sample enters two backward passes between two
+    steps, if the loss of one sample depends on another, or if whoever sees the weights knows the seed.
 
     Args:
         model: without batch normalisation (see `fix`); its first input's first dimension is the batch.
-        optimizer: over all trainable parameters of the model, for example SGD, Adam, AdamW; not one that calls a closure
-            several times.
+        optimizer: over all trainable parameters of the model, for example SGD, Adam, AdamW; not one that calls a
+            closure several times.
         loader: of a map-style data set; its batch size decides the sample rate, 1 / len(loader). None for a loop that
             makes its own batches, and says `expected_batch_size`.
         noise_multiplier: standard deviation of the noise over the sensitivity, or a schedule of it (`TimeDecay`,
             `StepDecay`, `ExponentialDecay`, or any function of the step).
-        max_grad_norm: the bound on a sample's gradient; for "per_layer" one for each trainable parameter, or one for all
-            together; for "adaptive" the first bound.
+        max_grad_norm: the bound on a sample's gradient; for "per_layer" one for each trainable parameter, or one for
+            all together; for "adaptive" the first bound.
         clipping: "flat", "per_layer", "automatic", "adaptive", or an instance with more options.
         poisson_sampling: False keeps the loader's own batches, which accountants must count differently.
         expected_batch_size: what sums are divided by; by default the data's size times the sample rate.
         loss_reduction: how the loss joins its samples, "mean" or "sum".
         max_physical_batch_size: samples in memory at a time: larger batches come in parts. The sum is the same.
         engine: "auto", or "opacus" for layers that have no rule here, such as opacus's DPLSTM.
-        seed: keys the noise and the Poisson samples. By default it is drawn from the operating system's entropy, and kept
-            in the optimizer's state so that a resumed training goes on alike.
+        seed: keys the noise and the Poisson samples. By default it is drawn from the operating system's entropy, and
+            kept in the optimizer's state so that a resumed training goes on alike.
         secure_mode: noise and samples from the operating system's cryptographic generator instead of a seed.
 
     Returns:
@@ -80,7 +80,9 @@ def make_private(
     if isinstance(optimizer, PrivateOptimizer) or any(isinstance(m.forward, Tap) for m in model.modules()):
         raise ModelError("the model or the optimizer is private already; make_private goes once over each")
     method = _clipping(clipping, max_grad_norm)
-    noise: Noise = SecureNoise() if secure_mode else KeyedNoise(secrets.randbits(63) if seed is None else seed)
+    noise: Noise = (
+        SecureNoise() if secure_mode else KeyedNoise(secrets.randbits(63) if seed is None else seed)
+    )
     parameters = check(model, optimizer)
     private_loader = None
     if loader is not None:
@@ -118,7 +120,9 @@ def _clipping(clipping: str | Clipping, bound: float | Sequence[float]) -> Clipp
         raise ConfigError(unknown("clipping", clipping, list(CLIPPINGS)))
     if isinstance(bound, Sequence):
         if clipping != "per_layer":
-            raise ConfigError(f"max_grad_norm is a list, and clipping={clipping} takes one number; say per_layer, or one bound")
+            raise ConfigError(
+                f"max_grad_norm is a list, and clipping={clipping} takes one number; say per_layer, or one bound"
+            )
         return PerLayer(max_grad_norms=tuple(float(one) for one in bound))
     return CLIPPINGS[clipping](max_grad_norm=float(bound))
 
@@ -127,7 +131,9 @@ def _expected(private: PrivateLoader | None, loader: DataLoader[Any] | None, giv
     if given is not None:
         return given
     if private is None or loader is None:
-        raise ConfigError("expected_batch_size is missing: without a loader, say how many samples a step has on average")
+        raise ConfigError(
+            "expected_batch_size is missing: without a loader, say how many samples a step has on average"
+        )
     if private.sample_rate is not None:
         return private.size * private.sample_rate
     size = loader.batch_size

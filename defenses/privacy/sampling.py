@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import default_collate
 
 from robust.defenses.privacy.noise import Noise
 from robust.errors import ConfigError
@@ -45,7 +44,9 @@ class PrivateLoader:
         try:
             self.size, self.steps = len(loader.dataset), len(loader)  # type: ignore[arg-type]
         except TypeError:
-            raise ConfigError("an iterable data set cannot be sampled; give one with a length and items") from None
+            raise ConfigError(
+                "an iterable data set cannot be sampled; give one with a length and items"
+            ) from None
         if self.size == 0 or self.steps == 0 or loader.batch_sampler is None:
             raise ConfigError("the loader has no batches; give it a data set and a batch_size")
         self.loader, self.noise, self.notify = loader, noise, notify
@@ -99,7 +100,7 @@ class PrivateLoader:
             yield self.noise.chosen(self.size, self.sample_rate, step).tolist()
 
     def _collate(self, samples: list[Any]) -> Any:
-        collate = self.loader.collate_fn or default_collate
+        collate: Any = self.loader.collate_fn
         if samples:
             return collate(samples)
         if self._empty is None:

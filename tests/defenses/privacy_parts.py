@@ -1,4 +1,4 @@
-"""What the tests of private training share: the definition as a loop over samples in float64, and layers to hold to it."""
+"""What the tests of private training share: the definition as a loop in float64, and layers to hold to it."""
 
 from __future__ import annotations
 

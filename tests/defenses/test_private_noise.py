@@ -31,7 +31,9 @@ def released(noise_multiplier: float, bound: float, batch: float, **options: Any
     return model.weight.grad.flatten().numpy()
 
 
-@pytest.mark.parametrize("options", [{"seed": 3}, {"seed": None, "secure_mode": True}], ids=["keyed", "secure"])
+@pytest.mark.parametrize(
+    "options", [{"seed": 3}, {"seed": None, "secure_mode": True}], ids=["keyed", "secure"]
+)
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic"])
 def test_the_noise_has_the_right_scale_and_no_other(options: Any, clipping: str) -> None:
     noise = released(1.7, 0.6, 32.0, clipping=clipping, **options)
@@ -85,7 +87,9 @@ def test_the_samples_of_a_step_do_not_depend_on_the_steps_before() -> None:
     found = []
     for skipped in (0, 3):
         model = nn.Linear(1, 1)
-        loader = make_private(model, torch.optim.SGD(model.parameters(), 0.1), samples, noise_multiplier=1, seed=2)[2]
+        loader = make_private(
+            model, torch.optim.SGD(model.parameters(), 0.1), samples, noise_multiplier=1, seed=2
+        )[2]
         assert loader is not None
         loader.load_state_dict({"step": skipped})
         found.append([x.flatten().tolist() for (x,) in loader])
@@ -99,7 +103,9 @@ def test_data_that_cannot_be_sampled_is_refused() -> None:
 
     model = nn.Linear(1, 1)
     with pytest.raises(ConfigError, match="iterable"):
-        make_private(model, torch.optim.SGD(model.parameters(), 0.1), DataLoader(Stream()), noise_multiplier=1)
+        make_private(
+            model, torch.optim.SGD(model.parameters(), 0.1), DataLoader(Stream()), noise_multiplier=1
+        )
     with pytest.raises(ConfigError, match="max_physical"):
         private_loader(0)
 

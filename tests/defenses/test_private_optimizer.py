@@ -138,7 +138,11 @@ def test_a_loader_gives_empty_batches_with_shapes_and_types() -> None:
         model, torch.optim.SGD(model.parameters(), 0.1), DataLoader(samples, 1), noise_multiplier=1, seed=0
     )[2]
     assert loader is not None
-    sizes = [len(x) for x, y in loader if x.shape[1:] == (2, 3) and x.dtype == torch.float64 and y.dtype == torch.int64]
+    sizes = [
+        len(x)
+        for x, y in loader
+        if x.shape[1:] == (2, 3) and x.dtype == torch.float64 and y.dtype == torch.int64
+    ]
     assert len(sizes) == 50
     assert sizes.count(0) > 5
     assert sizes.count(0) + sizes.count(1) < 50
@@ -185,7 +189,9 @@ def test_the_adaptive_bound_finds_the_quantile_and_pays_for_its_count() -> None:
     x = torch.randn(2000, 4)
     norms = x.norm(dim=1)  # the gradients of Σ w·x
     clipping = Adaptive(max_grad_norm=50.0, target_unclipped_quantile=0.3, unclipped_num_std=20.0)
-    optimizer = private(model, clipping=clipping, noise_multiplier=1.5, expected_batch_size=2000, loss_reduction="sum")
+    optimizer = private(
+        model, clipping=clipping, noise_multiplier=1.5, expected_batch_size=2000, loss_reduction="sum"
+    )
     for _ in range(60):
         optimizer.zero_grad()
         model(x).sum().backward()
@@ -237,7 +243,9 @@ def test_a_resumed_training_ends_with_the_same_weights(clipping: str) -> None:
     def begin() -> tuple[nn.Module, Any, Any]:
         model = net()
         options: Any = {"noise_multiplier": 1.0, "clipping": clipping, "max_physical_batch_size": 5}
-        return make_private(model, torch.optim.Adam(model.parameters(), 0.01), DataLoader(data(), 8), **options)
+        return make_private(
+            model, torch.optim.Adam(model.parameters(), 0.01), DataLoader(data(), 8), **options
+        )
 
     model, optimizer, loader = begin()
     stored = io.BytesIO()
@@ -292,7 +300,10 @@ def test_batch_normalisation_is_named_and_fixed() -> None:
 
 def test_what_has_no_per_sample_gradient_is_named() -> None:
     cases: list[tuple[nn.Module, str]] = [
-        (nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True)), "0 keeps running statistics"),
+        (
+            nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True)),
+            "0 keeps running statistics",
+        ),
         (nn.Sequential(nn.LSTM(3, 2)), r"0\.weight_ih_l0 belongs to a LSTM.*opacus"),
         (nn.Sequential(nn.Embedding(3, 2, max_norm=1.0)), r"0\.weight has no per-sample gradient: max_norm"),
         (nn.Sequential(nn.Embedding(3, 2, scale_grad_by_freq=True)), "scale_grad_by_freq"),
@@ -300,15 +311,17 @@ def test_what_has_no_per_sample_gradient_is_named() -> None:
         (nn.ReLU(), "no parameter"),
     ]
     for model, line in cases:
+        free = [*model.parameters()] or [nn.Parameter(torch.zeros(1))]
         with pytest.raises(ModelError, match=line):
-            free = [*model.parameters()] or [nn.Parameter(torch.zeros(1))]
             make_private(model, torch.optim.SGD(free, 1.0), None, noise_multiplier=1, expected_batch_size=1)
 
 
 def test_frozen_unused_and_foreign_parameters_are_told_apart() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     model[0].weight.requires_grad_(False)
-    optimizer = make_private(model, torch.optim.SGD(model.parameters(), 1.0), None, noise_multiplier=1, expected_batch_size=4)[1]
+    optimizer = make_private(
+        model, torch.optim.SGD(model.parameters(), 1.0), None, noise_multiplier=1, expected_batch_size=4
+    )[1]
     frozen = model[0].weight.clone()
     losses(model(torch.randn(4, 3))).mean().backward()
     optimizer.step()
@@ -327,14 +340,15 @@ def test_frozen_unused_and_foreign_parameters_are_told_apart() -> None:
     private(half)
     with pytest.raises(ModelError, match=r"idle\.weight took no part.*freeze"):
         losses(half(torch.randn(3, 2))).mean().backward()
+    other = Half()
+    some = torch.optim.SGD([*other.used.parameters(), other.idle.weight], 1.0)
     with pytest.raises(ConfigError, match=r"idle\.bias is trainable, but not in the optimizer"):
-        other = Half()
-        some = [*other.used.parameters(), other.idle.weight]
-        make_private(other, torch.optim.SGD(some, 1.0), None, noise_multiplier=1, expected_batch_size=1)
+        make_private(other, some, None, noise_multiplier=1, expected_batch_size=1)
     stranger = nn.Parameter(torch.zeros(7))
     whole = nn.Linear(2, 2)
+    foreign = torch.optim.SGD([*whole.parameters(), stranger], 1.0)
     with pytest.raises(ConfigError, match=r"\(7,\) that is not the model's"):
-        make_private(whole, torch.optim.SGD([*whole.parameters(), stranger], 1.0), None, noise_multiplier=1, expected_batch_size=1)
+        make_private(whole, foreign, None, noise_multiplier=1, expected_batch_size=1)
 
 
 def test_a_penalty_on_weights_is_refused_by_name() -> None:

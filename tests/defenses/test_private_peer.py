@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from tests.defenses.privacy_parts import clipped_sum, distance, gradients, losse
 
 pytest.importorskip("opacus", reason="opacus is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # opacus's hooks and its own imports warn
+
+PLAIN: Any = {"noise_multiplier": 0, "expected_batch_size": 1}
 
 
 class Reader(nn.Module):
@@ -40,9 +43,8 @@ def test_opacus_serves_layers_without_a_rule(kind: str) -> None:
         x = torch.randn(5, 2, 3, 3)
     model = fix(plain)
     expected = clipped_sum(copy.deepcopy(model), x, 1.0)
-    private, optimizer, _ = make_private(
-        model, torch.optim.SGD(model.parameters(), 1.0), None, noise_multiplier=0, expected_batch_size=1, engine="opacus"
-    )
+    sgd = torch.optim.SGD(model.parameters(), 1.0)
+    private, optimizer, _ = make_private(model, sgd, None, engine="opacus", **PLAIN)
     for _ in range(2):
         optimizer.zero_grad()
         losses(private(x)).mean().backward()
@@ -56,7 +58,6 @@ def test_opacus_serves_layers_without_a_rule(kind: str) -> None:
 
 def test_what_opacus_refuses_is_refused_in_one_line() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    sgd = torch.optim.SGD(model.parameters(), 1.0)
     with pytest.raises(ModelError, match="BatchNorm"):
-        make_private(
-            model, torch.optim.SGD(model.parameters(), 1.0), None, noise_multiplier=0, expected_batch_size=1, engine="opacus"
-        )
+        make_private(model, sgd, None, engine="opacus", **PLAIN)

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Arena:
-    """Buffers that are lent until `reset`: fresh pages, which the system has to clear, cost as much as the gradients."""
+    """Buffers that are lent until `reset`.
+
+    Fresh pages, which the system has to clear, would cost about as much as the gradients.
+    """
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
@@ -21,7 +24,9 @@ class Arena:
         fitting = [
             buffer
             for buffer in self._free
-            if buffer.dtype == like.dtype and buffer.device == like.device and count <= buffer.numel() <= 2 * count
+            if buffer.dtype == like.dtype
+            and buffer.device == like.device
+            and count <= buffer.numel() <= 2 * count
         ]
         if fitting:
             buffer = min(fitting, key=Tensor.numel)

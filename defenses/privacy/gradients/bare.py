@@ -59,7 +59,9 @@ class Call:
         batched = [isinstance(one, Tensor) and one.ndim > 0 and len(one) == rows for one in self.inputs]
         for one, version in zip(self.inputs, self._versions, strict=True):
             if isinstance(one, Tensor) and one._version != version:
-                raise ModelError(f"{name}: its input was changed in place after its forward; change a copy instead")
+                raise ModelError(
+                    f"{name}: its input was changed in place after its forward; change a copy instead"
+                )
 
         def inner(values: dict[str, Tensor], mapped: list[Tensor], above: list[Tensor]) -> Tensor:
             samples = iter(mapped)

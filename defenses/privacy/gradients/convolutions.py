@@ -38,6 +38,7 @@ class Convolution(Rule):
     def forward(self, module: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Rule`."""
         weight, bias = value(module.weight, x), value(module.bias, x)
+        assert weight is not None
         settings = (module.stride, _padding(module), module.dilation)
         none = (0,) * len(module.kernel_size)
         out = torch.convolution(x, weight, bias, *settings, False, none, module.groups)
@@ -80,20 +81,20 @@ def _derive(
 def _input(module: Any, x: Tensor, grad: Tensor) -> Tensor:
     weight = value(module.weight, grad)
     assert weight is not None
-    if len(weight.shape) == 4 and weight[0, 0].numel() == 1 and module.groups == 1 and module.stride != (1, 1):
-        if not any(_padding(module)):  # a product on some of the points; the kernel would work on all
-            found = grad.new_zeros(x.shape)
-            found[..., :: module.stride[0], :: module.stride[1]] = F.conv2d(grad, weight.transpose(0, 1))
-            return found
+    points = weight.ndim == 4 and weight[0, 0].numel() == 1 and not any(_padding(module))
+    if points and module.groups == 1 and module.stride != (1, 1):
+        found = grad.new_zeros(x.shape)  # a product on some of the points; the kernel would work on all
+        found[..., :: module.stride[0], :: module.stride[1]] = F.conv2d(grad, weight.transpose(0, 1))
+        return found
     return _derive(module, grad, x, weight, module.groups, (True, False, False))[0]
 
 
 def _weight(module: Any, x: Tensor, grad: Tensor, arena: Arena) -> Part:
     """The weight's gradients of all samples, by the way that is fastest for such a layer.
 
-    Measured on a CPU: the library's grouped kernel is near its plain one where it works in blocks of 16 channels on large
-    images. Elsewhere products with windows that are copied a few samples at a time, so that they stay in the cache, are
-    two to three times faster; the copies are of whole rows of a kernel where channels are many.
+    Measured on a CPU: the library's grouped kernel is near its plain one where it works in blocks of 16 channels on
+    large images. Elsewhere products with windows that are copied a few samples at a time, so that they stay in the
+    cache, are two to three times faster; whole rows of a kernel are copied at once where channels are many.
     """
     shape, rows = module.weight.shape, len(x)
     if rows == 0:
@@ -129,7 +130,9 @@ def _columns(module: Any, x: Tensor, grad: Tensor, arena: Arena) -> Part:
         part = slice(first, first + few_rows)
         padded = F.pad(x[part], (w, w, h, h)).contiguous()
         n, (sb, sc, sy, sx) = len(padded), padded.stride()
-        copied[:n].copy_(padded.as_strided((n, *shape[1:], ho, wo), (sb, sc, dh * sy, dw * sx, sh * sy, sw * sx)))
+        copied[:n].copy_(
+            padded.as_strided((n, *shape[1:], ho, wo), (sb, sc, dh * sy, dw * sx, sh * sy, sw * sx))
+        )
         torch.bmm(grad[part].flatten(2), copied[:n].view(n, size, ho * wo).mT, out=found[part])
         norms.append(per_sample_norm(found[part]))
     return Rows(found.view(rows, *shape), torch.cat(norms))

@@ -75,7 +75,7 @@ class Engine:
         self._found: list[list[Part]] = [[] for _ in self.parameters]
         self._seen: set[int] = set()
         self._token = torch.zeros((), requires_grad=True)
-        self._sink = self._token.view_as(self._token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        self._sink: Any = _sink(self._token)
         self._taps: list[nn.Module] = []
         for name, module in model.named_modules():
             own = {key: p for key, p in module._parameters.items() if p is not None and id(p) in self.number}
@@ -113,8 +113,8 @@ class Engine:
         """Raises one line unless the first dimension of a layer's input is the model's batch."""
         if self.rows is not None and (x.ndim == 0 or x.shape[0] != self.rows):
             raise ModelError(
-                f"{where} gets an input {tuple(x.shape)} in a batch of {self.rows}: its first dimension must be the batch, "
-                "or its parameters have no per-sample gradient"
+                f"{where} gets an input {tuple(x.shape)} in a batch of {self.rows}: its first dimension must be the "
+                "batch, or its parameters have no per-sample gradient"
             )
 
     def wanted(self) -> bool:
@@ -126,7 +126,7 @@ class Engine:
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task, self._found, self._seen = task, [[] for _ in self.parameters], set()
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         self._seen.add(rows)
         for key, parameter in owners.items():
             if key in parts:
@@ -136,7 +136,9 @@ class Engine:
     def _finish(self) -> None:
         found, self._found, self._task = self._found, [[] for _ in self.parameters], -1
         if len(self._seen) != 1:
-            raise ModelError(f"layers saw batches of {sorted(self._seen)} samples in one backward pass; let all see one batch")
+            raise ModelError(
+                f"layers saw batches of {sorted(self._seen)} samples in one backward pass; let all see one"
+            )
         unused = [name for name, parts in zip(self.names, found, strict=True) if not parts]
         if unused:
             raise ModelError(
@@ -148,6 +150,13 @@ class Engine:
             self.consumer.consume(rows, [add(parts) for parts in found])
         del found
         self.arena.reset()
+
+
+def _sink(token: Tensor) -> Any:
+    """The node of autograd's graph in which a leaf's gradient arrives."""
+    node = token.view_as(token).grad_fn
+    assert node is not None
+    return node.next_functions[0][0]
 
 
 class Tap:
@@ -189,7 +198,8 @@ class Tap:
         task = self.engine.record(self.owners, parts, rows)
         if getattr(context, "task", task) != task:
             raise ModelError(
-                f"{self.name}: a second backward pass through one forward counts its samples twice; add the losses first"
+                f"{self.name}: a second backward pass through one forward counts its samples twice; "
+                "add the losses first"
             )
         context.task = task
 
@@ -214,11 +224,12 @@ class _Layer(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
         tap: Tap = ctx.tap
         assert tap.rule is not None
-        grad_x, parts = tap.rule.backward(tap.module, ctx.saved_tensors, grad, ctx.needs_input_grad[1], tap.engine.arena)
+        wants_x = ctx.needs_input_grad[1]
+        grad_x, parts = tap.rule.backward(tap.module, ctx.saved_tensors, grad, wants_x, tap.engine.arena)
         if tap.engine.wanted():
             tap.book(ctx, parts, len(grad))
         return None, grad_x, None
@@ -233,7 +244,7 @@ class _Watch(torch.autograd.Function):
         return tuple(out.view_as(out) for out in outs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         tap: Tap = ctx.tap
         if tap.engine.wanted():
@@ -264,12 +275,16 @@ class Recorder(Protocol):
 
 
 class Gate:
-    """Hooks of the whole model: they note the batch's size, and let an empty batch pass, which many models cannot take."""
+    """Hooks of the whole model: they note the batch's size, and let an empty batch pass.
+
+    Many models cannot take one: it becomes one sample of zeros, and its outputs are cut off again.
+    """
 
     def __init__(self, engine: Recorder) -> None:
         self.engine, self.empty = engine, False
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Before the model's forward."""
         engine = self.engine
         if not engine.recording:
             return None
@@ -283,6 +298,7 @@ class Gate:
         return tree_map(_one, args), tree_map(_one, kwargs)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """After it."""
         if not self.empty:
             return None
         self.empty = False

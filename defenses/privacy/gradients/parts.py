@@ -130,7 +130,8 @@ class Outer(Part):
 
 
 class Lookup(Part):
-    """The gradient of an embedding's table, from indices (B, T), -1 for none, and the gradients of what was looked up."""
+    """The gradient of an embedding's table, from indices (B, T), -1 for none, and the gradients (B, T, d) of what they
+    looked up."""
 
     def __init__(self, index: Tensor, grads: Tensor, shape: torch.Size) -> None:
         self.index, self.grads, self.shape = index, grads, shape

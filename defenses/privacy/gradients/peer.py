@@ -36,7 +36,9 @@ class OpacusEngine:
             ) from None
         self.names, self.parameters, self.consumer = list(parameters), list(parameters.values()), consumer
         try:
-            self.module: Any = GradSampleModule(model, batch_first=batch_first, loss_reduction="sum", strict=True)
+            self.module: Any = GradSampleModule(
+                model, batch_first=batch_first, loss_reduction="sum", strict=True
+            )
         except (NotImplementedError, ValueError) as error:
             raise ModelError(f"opacus cannot take this model: {first_line(error)}") from None
         self._queued = False
@@ -64,7 +66,7 @@ class OpacusEngine:
         """Once in every backward pass: the gradients are taken when it ends."""
         if not self._queued and self.module.training:
             self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         return grad
 
     def _finish(self) -> None:
@@ -74,7 +76,9 @@ class OpacusEngine:
             for name, parameter in zip(self.names, self.parameters, strict=True):
                 found = getattr(parameter, "grad_sample", None)
                 if found is None:
-                    raise ModelError(f"opacus found no per-sample gradient of parameter {name}; freeze it, or use it")
+                    raise ModelError(
+                        f"opacus found no per-sample gradient of parameter {name}; freeze it, or use it"
+                    )
                 grads = torch.stack(found).sum(0) if isinstance(found, list) else found
                 parts.append(Rows(grads))
                 rows = len(grads)
