@@ -3,7 +3,7 @@ arXiv:1607.00133)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,7 @@ class PrivateOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        names: Sequence[str],
-        parameters: Sequence[nn.Parameter],
-        *,
+        parameters: Mapping[str, nn.Parameter],
         noise_multiplier: float | Schedule,
         clipping: Clipping,
         noise: Noise,
@@ -62,7 +60,8 @@ class PrivateOptimizer(Optimizer):
         if loss_reduction not in ("mean", "sum"):
             raise ConfigError(f"loss_reduction={loss_reduction!r} is unknown; say mean or sum")
         clipping.gradient_noise(multiplier_at(noise_multiplier, 0))
-        self.original_optimizer, self.names, self.parameters = optimizer, list(names), list(parameters)
+        self.original_optimizer = optimizer
+        self.names, self.parameters = list(parameters), list(parameters.values())
         self.noise_multiplier, self.clipping, self.noise = noise_multiplier, clipping, noise
         self.expected_batch_size, self.loss_reduction = expected_batch_size, loss_reduction
         self.sample_rate = sample_rate

@@ -1,4 +1,9 @@
-"""`make_private`: a model, an optimizer and a loader for differentially private training (Abadi et al. 2016)."""
+"""`make_private`: a model, an optimizer and a loader for differentially private training (Abadi et al. 2016).
+
+**Guarantee.** Each step is a Gaussian mechanism on a Poisson sample, under adding or removing one sample;
+`optimizer.history` tells an accountant. It does not hold if a sample enters two backward passes between two steps, if
+the loss of one sample depends on another, or if whoever sees the weights knows the seed.
+"""
 
 from __future__ import annotations
 
@@ -41,76 +46,66 @@ def make_private(
 ) -> tuple[M, PrivateOptimizer, PrivateLoader | None]:
     """Makes any optimizer private; the training loop stays as it is. Names are Opacus's where the meaning is.
 
-    The model is changed in place: in training mode its layers keep samples apart, in evaluation mode they are what they
-    were. `zero_grad`, a loss over the model's outputs, `backward` and `step` follow for every batch of the loader.
-
-    **Guarantee.** Each step is a Gaussian mechanism on a Poisson sample; `optimizer.history` tells an accountant. It
-    holds under adding or removing one sample. It does not hold if a sample enters two backward passes between two
-    steps, if the loss of one sample depends on another, or if whoever sees the weights knows the seed.
+    The model is changed in place: while it trains, its layers keep samples apart.
 
     Args:
-        model: without batch normalisation (see `fix`); its first input's first dimension is the batch.
-        optimizer: over all trainable parameters of the model, for example SGD, Adam, AdamW; not one that calls a
-            closure several times.
-        loader: of a map-style data set; its batch size decides the sample rate, 1 / len(loader). None for a loop that
-            makes its own batches, and says `expected_batch_size`.
-        noise_multiplier: standard deviation of the noise over the sensitivity, or a schedule of it (`TimeDecay`,
-            `StepDecay`, `ExponentialDecay`, or any function of the step).
-        max_grad_norm: the bound on a sample's gradient; for "per_layer" one for each trainable parameter, or one for
-            all together; for "adaptive" the first bound.
+        model: without batch normalisation (see `fix`); its input's first dimension is the batch.
+        optimizer: over all trainable parameters; not one that calls a closure several times.
+        loader: its batch size decides the sample rate, 1 / len(loader); None for a loop that makes its own batches.
+        noise_multiplier: noise over sensitivity, a number or a function of the step, such as `StepDecay`.
+        max_grad_norm: the bound on a sample's gradient; for "per_layer" one for each parameter or one for all together.
         clipping: "flat", "per_layer", "automatic", "adaptive", or an instance with more options.
         poisson_sampling: False keeps the loader's own batches, which accountants must count differently.
         expected_batch_size: what sums are divided by; by default the data's size times the sample rate.
         loss_reduction: how the loss joins its samples, "mean" or "sum".
         max_physical_batch_size: samples in memory at a time: larger batches come in parts. The sum is the same.
         engine: "auto", or "opacus" for layers that have no rule here, such as opacus's DPLSTM.
-        seed: keys the noise and the Poisson samples. By default it is drawn from the operating system's entropy, and
-            kept in the optimizer's state so that a resumed training goes on alike.
-        secure_mode: noise and samples from the operating system's cryptographic generator instead of a seed.
+        seed: keys noise and samples; by default a fresh secret, which the optimizer's state keeps for a resume.
+        secure_mode: noise and samples from the operating system's cryptographic generator instead.
 
     Returns:
-        The model, the private optimizer, and the loader of parts of Poisson batches (None without a loader).
+        The model, the private optimizer, and the loader of parts of batches (None without a loader).
 
     Raises:
         ModelError: a parameter has no per-sample gradient; the line names it.
         ConfigError: an option that makes no sense.
     """
-    if secure_mode and seed is not None:
-        raise ConfigError(f"seed={seed} keys nothing in secure_mode; leave one of them out")
+    if engine not in ("auto", "opacus"):
+        raise ConfigError(unknown("engine", engine, ["auto", "opacus"]))
     if isinstance(optimizer, PrivateOptimizer) or any(isinstance(m.forward, Tap) for m in model.modules()):
         raise ModelError("the model or the optimizer is private already; make_private goes once over each")
-    method = _clipping(clipping, max_grad_norm)
-    noise: Noise = (
-        SecureNoise() if secure_mode else KeyedNoise(secrets.randbits(63) if seed is None else seed)
-    )
-    parameters = check(model, optimizer)
-    private_loader = None
+    method, noise = _clipping(clipping, max_grad_norm), _noise(seed, secure_mode)
+    parameters, batches = check(model, optimizer), None
     if loader is not None:
-        private_loader = PrivateLoader(
-            loader, noise=noise if poisson_sampling else None, max_physical_batch_size=max_physical_batch_size
-        )
-    rate = None if private_loader is None else private_loader.sample_rate
+        batches = PrivateLoader(loader, noise if poisson_sampling else None, max_physical_batch_size)
+    expected = _expected(batches, loader, expected_batch_size)
+    rate = None if batches is None else batches.sample_rate
     private = PrivateOptimizer(
-        optimizer,
-        list(parameters),
-        list(parameters.values()),
-        noise_multiplier=noise_multiplier,
-        clipping=method,
-        noise=noise,
-        expected_batch_size=_expected(private_loader, loader, expected_batch_size),
-        loss_reduction=loss_reduction,
-        sample_rate=rate,
+        optimizer, parameters, noise_multiplier, method, noise, expected, loss_reduction, rate
     )
-    if private_loader is not None:
-        private_loader.notify = private.expect
+    if batches is not None:
+        batches.notify = private.expect
+    return _attach(model, parameters, private, engine), private, batches
+
+
+def _attach(model: M, parameters: dict[str, nn.Parameter], private: PrivateOptimizer, engine: str) -> M:
+    """The model that is to be called, with the engine that feeds the optimizer."""
     if engine == "opacus":
         from robust.defenses.privacy.gradients.peer import OpacusEngine
 
-        return OpacusEngine(model, parameters, private).module, private, private_loader
-    if engine != "auto":
-        raise ConfigError(unknown("engine", engine, ["auto", "opacus"]))
+        private.engine = OpacusEngine(model, parameters, private)
+        wrapped: M = private.engine.module
+        return wrapped
     private.engine = Engine(model, parameters, private)
-    return model, private, private_loader
+    return model
+
+
+def _noise(seed: int | None, secure_mode: bool) -> Noise:
+    if secure_mode:
+        if seed is not None:
+            raise ConfigError(f"seed={seed} keys nothing in secure_mode; leave one of them out")
+        return SecureNoise()
+    return KeyedNoise(secrets.randbits(63) if seed is None else seed)
 
 
 def _clipping(clipping: str | Clipping, bound: float | Sequence[float]) -> Clipping:

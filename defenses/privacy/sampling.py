@@ -36,7 +36,6 @@ class PrivateLoader:
     def __init__(
         self,
         loader: DataLoader[Any],
-        *,
         noise: Noise | None,
         max_physical_batch_size: int | None = None,
         notify: Callable[[bool], None] = lambda last: None,
