@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from robust.defenses.privacy.gradients.engine import rule_of
 from robust.errors import ConfigError, ModelError, first_line
@@ -67,6 +67,10 @@ def check(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         ModelError: a parameter has no per-sample gradient.
         ConfigError: a trainable parameter is not in the optimizer, or one in the optimizer is not the model's.
     """
+    if isinstance(optimizer, LBFGS):
+        raise ConfigError(
+            "LBFGS looks at the gradient several times a step, and each look costs privacy; take another"
+        )
     line = next(problems(model), None)
     if line is not None:
         raise ModelError(line)

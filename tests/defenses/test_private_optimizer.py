@@ -377,5 +377,12 @@ def test_options_that_make_no_sense_are_refused() -> None:
     optimizer = private(model)
     with pytest.raises(ModelError, match="already"):
         make_private(model, optimizer, None, noise_multiplier=1, expected_batch_size=1)
+    with pytest.raises(ConfigError, match="LBFGS"):
+        make_private(*_lbfgs(), None, noise_multiplier=1, expected_batch_size=1)
     with pytest.raises(ConfigError, match="no further"):
         optimizer.add_param_group({"params": []})
+
+
+def _lbfgs() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = net()
+    return model, torch.optim.LBFGS(model.parameters())
