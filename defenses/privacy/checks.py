@@ -105,9 +105,10 @@ def fix(model: nn.Module) -> nn.Module:
     fixed = _replaced(copy.deepcopy(model))
     if any(isinstance(module, _FUSED) for module in fixed.modules()):
         try:
+            from opacus.layers import DPRNN
             from opacus.validators import ModuleValidator
 
-            fixed = ModuleValidator.fix(fixed)
+            fixed = _elman(ModuleValidator.fix(fixed), DPRNN)
         except ImportError as error:
             raise ModelError(
                 f"recurrent layers and attention are replaced by opacus's, which is not there ({first_line(error)}); "
@@ -131,4 +132,17 @@ def _replaced(module: nn.Module) -> nn.Module:
         return module
     for name, child in module.named_children():
         setattr(module, name, _replaced(child))
+    return module
+
+
+def _elman(module: nn.Module, kind: Any) -> nn.Module:
+    """opacus's validator leaves plain recurrent layers as they are; its layer for them has the same parameters."""
+    if isinstance(module, nn.RNN):
+        sizes = (module.input_size, module.hidden_size, module.num_layers, module.bias, module.batch_first)
+        more = {"bidirectional": module.bidirectional, "nonlinearity": module.nonlinearity}
+        made: nn.Module = kind(*sizes, module.dropout, **more)
+        made.load_state_dict(module.state_dict())
+        return made
+    for name, child in module.named_children():
+        setattr(module, name, _elman(child, kind))
     return module

@@ -139,8 +139,24 @@ def test_a_layer_that_does_not_see_the_batch_is_named() -> None:
 
     model = Positions()
     private(model)
-    with pytest.raises(ModelError, match=r"where gets an input \(4,\) in a batch of 3"):
+    with pytest.raises(ModelError, match=r"where gets an input \(4,\) in a batch of 2"):
         model(torch.randn(3, 4, 2))
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_positions_are_not_taken_for_samples_even_where_they_are_as_many(length: int) -> None:
+    class PositionsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
+
+    model = PositionsFirst()
+    private(model)
+    with pytest.raises(ModelError, match=r"inner gets an input .* its first dimension must be the batch"):
+        model(torch.randn(4, length, 2))
 
 
 def test_copies_of_a_private_model_are_plain_and_evaluation_is_untouched() -> None:

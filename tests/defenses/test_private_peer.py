@@ -22,9 +22,9 @@ PLAIN: Any = {"noise_multiplier": 0, "expected_batch_size": 1}
 class Reader(nn.Module):
     """A recurrent layer and the linear one on its last state."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
-        self.memory = nn.LSTM(3, 4, batch_first=True)
+        self.memory = kind(3, 4, batch_first=True)
         self.head = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,11 +33,11 @@ class Reader(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("kind", ["recurrent", "convolution"])
-def test_opacus_serves_layers_without_a_rule(kind: str) -> None:
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.Conv2d])
+def test_opacus_serves_layers_without_a_rule(kind: Any) -> None:
     torch.manual_seed(0)
-    if kind == "recurrent":
-        plain, x = Reader(), torch.randn(5, 4, 3)
+    if kind is not nn.Conv2d:
+        plain, x = Reader(kind), torch.randn(5, 5, 3)
     else:
         plain = nn.Sequential(nn.Conv2d(2, 3, 2), nn.GroupNorm(3, 3), nn.Flatten(), nn.Linear(12, 2))  # type: ignore[assignment]
         x = torch.randn(5, 2, 3, 3)

@@ -21,6 +21,7 @@ from robust.defenses.privacy.gradients.bare import Bare
 from robust.defenses.privacy.gradients.convolutions import Convolution
 from robust.defenses.privacy.gradients.norms import GroupNorm, LayerNorm
 from robust.defenses.privacy.gradients.parts import Part, add
+from robust.defenses.privacy.gradients.probe import probe
 from robust.defenses.privacy.gradients.products import Embedding, Linear
 from robust.defenses.privacy.gradients.rule import Parts, Rule
 from robust.errors import ModelError
@@ -76,12 +77,12 @@ class Engine:
         self._seen: set[int] = set()
         self._token = torch.zeros((), requires_grad=True)
         self._sink: Any = _sink(self._token)
-        self._taps: list[nn.Module] = []
+        self.layers: list[tuple[str, nn.Module]] = []
         for name, module in model.named_modules():
             own = {key: p for key, p in module._parameters.items() if p is not None and id(p) in self.number}
             if own:
                 module.__dict__["forward"] = Tap(self, name or type(module).__name__, module, own)
-                self._taps.append(module)
+                self.layers.append((name or type(module).__name__, module))
         gate = Gate(self)
         self._hooks = [
             model.register_forward_pre_hook(gate.enter, prepend=True, with_kwargs=True),
@@ -95,11 +96,11 @@ class Engine:
 
     def release(self) -> None:
         """The model as it was before."""
-        for module in self._taps:
+        for _, module in self.layers:
             del module.__dict__["forward"]
         for hook in self._hooks:
             hook.remove()
-        self._taps, self._hooks = [], []
+        self.layers, self._hooks = [], []
 
     def pause(self) -> None:
         """Layers run as they are until `unpause`."""
@@ -262,6 +263,7 @@ class Recorder(Protocol):
 
     rows: int | None
     consumer: Consumer
+    layers: list[tuple[str, nn.Module]]
 
     @property
     def recording(self) -> bool:
@@ -281,7 +283,7 @@ class Gate:
     """
 
     def __init__(self, engine: Recorder) -> None:
-        self.engine, self.empty = engine, False
+        self.engine, self.empty, self.probed = engine, False, False
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the model's forward."""
@@ -291,11 +293,25 @@ class Gate:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
         engine.rows = len(given[0]) if given else None
         if engine.rows != 0:
+            self._probe(module, args, kwargs)
             return None
         self.empty = True
         engine.consumer.consume_empty()
         engine.pause()
         return tree_map(_one, args), tree_map(_one, kwargs)
+
+    def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Once, with the first batch of several samples."""
+        rows = self.engine.rows
+        if self.probed or rows is None or rows < 2:
+            return
+        self.probed = True
+        self.engine.pause()
+        try:
+            probe(module, self.engine.layers, args, kwargs, rows)
+        finally:
+            self.engine.unpause()
+            self.engine.rows = rows
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After it."""
@@ -307,7 +323,7 @@ class Gate:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
         copy = Gate.__new__(Gate)
-        copy.engine, copy.empty = _Asleep(), False  # type: ignore[assignment]
+        copy.engine, copy.empty, copy.probed = _Asleep(), False, True  # type: ignore[assignment]
         return copy
 
 

@@ -41,6 +41,12 @@ class OpacusEngine:
             )
         except (NotImplementedError, ValueError) as error:
             raise ModelError(f"opacus cannot take this model: {first_line(error)}") from None
+        numbers = {id(parameter) for parameter in self.parameters}
+        self.layers = [
+            (name or type(module).__name__, module)
+            for name, module in model.named_modules()
+            if any(id(p) in numbers for p in module._parameters.values())
+        ]
         self._queued = False
         self.rows: int | None = None
         for parameter in self.parameters:
