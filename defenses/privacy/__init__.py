@@ -1,9 +1,15 @@
-"""Differential privacy: what a training costs in epsilon, budgets that hold, and a ledger that survives crashes."""
+"""Differential privacy: optimizers, what a training costs in epsilon, and a ledger that survives crashes."""
 
 from robust.defenses.privacy.accounting import Epsilon, Mechanism, Phase, epsilon, spent
 from robust.defenses.privacy.calibrate import Calibration, calibrate
+from robust.defenses.privacy.checks import fix
+from robust.defenses.privacy.clipping import Adaptive, Automatic, Clipping, PerLayer
 from robust.defenses.privacy.ledger import Ledger, LedgerError, read_ledger
 from robust.defenses.privacy.monitor import BudgetSpent, Monitor
+from robust.defenses.privacy.noise import ExponentialDecay, StepDecay, TimeDecay
+from robust.defenses.privacy.optimizer import PrivateOptimizer
+from robust.defenses.privacy.private import make_private
+from robust.defenses.privacy.sampling import PrivateLoader
 from robust.registry import Registry
 
 # What the core, which cannot import this room, needs of it.
@@ -21,17 +27,28 @@ get = REGISTRY.load
 
 __all__ = [
     "REGISTRY",
+    "Adaptive",
+    "Automatic",
     "BudgetSpent",
     "Calibration",
+    "Clipping",
     "Epsilon",
+    "ExponentialDecay",
     "Ledger",
     "LedgerError",
     "Mechanism",
     "Monitor",
+    "PerLayer",
     "Phase",
+    "PrivateLoader",
+    "PrivateOptimizer",
+    "StepDecay",
+    "TimeDecay",
     "calibrate",
     "epsilon",
+    "fix",
     "get",
+    "make_private",
     "read_ledger",
     "spent",
 ]
