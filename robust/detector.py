@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -67,8 +67,7 @@ class Detector:
         bpda: the gradient is a substitute's, since the score's own vanishes or does not exist.
         randomised: a score depends on draws.
         stateful: a score depends on the inputs before it: it watches an account's queries.
-        labelled: it learns from labels.
-        eps_field: whether a field `eps` says how far the images go that it makes to learn from.
+        usual_fpr: the fraction of clean inputs that it flags, where nothing else is asked.
     """
 
     name: ClassVar[str] = ""
@@ -77,7 +76,6 @@ class Detector:
     bpda: ClassVar[bool] = False
     randomised: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
-    labelled: ClassVar[bool] = False
     usual_fpr: ClassVar[float] = 0.05
 
     def fit(self, clf: Classifier, x: Tensor, y: Tensor | None = None, *, seed: int = 0) -> Fitted:
@@ -119,6 +117,10 @@ class Detector:
     def guard(self, fitted: Fitted) -> Any:
         """Of a stateful detector: the model's answers to one account, whose queries it watches."""
         raise RobustError(f"{self.name} looks at single inputs; only a stateful detector guards an account")
+
+    def blinded(self, backend: Any, bounds: tuple[float, float], seed: int) -> Any:
+        """Of a stateful detector: whom an attacker asks who knows of it, each query changed on its way to `backend`."""
+        raise RobustError(f"{self.name} looks at single inputs; there are no queries to blind")
 
     @classmethod
     def attacked_by(cls) -> str:
@@ -283,9 +285,3 @@ def _some(draws: Draws, rows: slice) -> Draws:
     """The source of some rows."""
     step = draws.step[rows] if isinstance(draws.step, Tensor) and draws.step.dim() else draws.step
     return Draws(draws.seed, draws.stream, draws.identity[rows], step)
-
-
-def names(kinds: Sequence[str] = ("detector",)) -> list[str]:
-    """The registry's names of detectors."""
-    rooms = room("defenses")
-    return [name for name in rooms if rooms.load(name).kind in kinds]

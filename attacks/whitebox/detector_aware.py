@@ -27,10 +27,10 @@ _RIGHT = 1e30  # a point that is classified rightly ranks below every other
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorAware(Attack):
-    """Orthogonal or selective PGD around a detector (Bryniarski et al. 2021, arXiv:2106.15023).
+    """Selective or orthogonal PGD around a detector (Bryniarski et al. 2021, arXiv:2106.15023).
 
     While a point is classified rightly a step raises the margin loss, else it lowers the detector's score; "orthogonal"
-    takes out of each gradient its part along the other one, "selective" does not. The score has the gradient that the
+    takes out of each gradient its part along the other one, "selective" does not; neither is always better. The score has the gradient that the
     detector declares (BPDA), and draws anew at every step where it is randomised (EOT). Step sizes fall by a half
     cosine. Success means a wrong class *and* no flag. In "strongest" a walk goes on and lowers the score further, so
     that its points serve every threshold; in "broken" a sample stops at its first success.
@@ -39,7 +39,7 @@ class DetectorAware(Attack):
 
     Attributes:
         detector: what to get past: a fitted detector, or anything with its `score`, `threshold` and `flags`.
-        method: "orthogonal" or "selective"; restarts alternate, this one first.
+        method: "selective" or "orthogonal"; restarts alternate, this one first.
         steps: gradients per start, each of the margin and of the score.
         step_size: the first, in the unit of x; None for 2.5 · eps / √steps, at most eps / 4, which then falls.
         restarts: starts, each random.
@@ -48,10 +48,10 @@ class DetectorAware(Attack):
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     detector: Detects | None = None
-    method: Method = "orthogonal"
+    method: Method = "selective"
     steps: int = 100
     step_size: float | None = None
-    restarts: int = 1
+    restarts: int = 2
     kappa: float = 0.0
 
     @classmethod
@@ -171,8 +171,7 @@ class Walk:
             finite = torch.where(score.isfinite(), score, torch.zeros_like(score))
             (slope,) = torch.autograd.grad(finite.sum(), at)
             fall = -slope.nan_to_num(0.0, 0.0, 0.0)
-        first = "orthogonal" if self.attack.method == "orthogonal" else "selective"
-        if (self.restart % 2 == 0) == (first == "orthogonal"):
+        if (self.restart % 2 == 0) == (self.attack.method == "orthogonal"):
             return choose(wrong, _apart(fall, rise), _apart(rise, fall)).contiguous()
         return choose(wrong, fall, rise).contiguous()
 

@@ -32,6 +32,8 @@ class Blinding:
 
     def __call__(self, x: Tensor, bounds: tuple[float, float], draws: Draws) -> Tensor:
         """A change of each of x (N, C, H, W), in the box."""
+        if not len(x):
+            return x
         u = (draws.branch("affine").uniform(6).to(x) * 2 - 1).unbind(1)
         angle, scale = u[0] * self.turn * torch.pi / 180, 1 + u[1] * self.zoom
         row = torch.stack([angle.cos() / scale, -angle.sin() / scale, 2 * self.shift * u[2]], 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,6 @@ class Layered(Detector):
         eps: how far they go, in linf and the unit of x.
     """
 
-    labelled: ClassVar[bool] = True
     layers: int = 4
     attack: str = "pgd"
     eps: float = 8 / 255

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from robust.classifier import Classifier
-from robust.defenses.detection.blinding import Blinding
+from robust.defenses.detection.blinding import Blinded, Blinding
 from robust.defenses.detection.encoders import Encoder, below, named, trained, unit
 from robust.detector import Detector, Fitted, Learnt
 from robust.errors import RobustError
@@ -84,6 +84,10 @@ class Similarity(Detector):
     def guard(self, fitted: Fitted, ban: bool = False) -> Guard:
         """See `Guard`."""
         return Guard(fitted, ban=ban)
+
+    def blinded(self, backend: Any, bounds: tuple[float, float], seed: int) -> Blinded:
+        """See `Blinded`."""
+        return Blinded(backend, bounds, seed=seed)
 
 
 def _contrast(net: Classifier, x: Tensor, y: Tensor, index: Tensor, epoch_seed: int) -> Tensor:
