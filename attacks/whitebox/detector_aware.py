@@ -21,7 +21,7 @@ from robust.threat import Threat
 
 Method = Literal["orthogonal", "selective"]
 _SIZES = (16, 64)  # rows of a batch, padded: fixed shapes give a sample the same bits in any company
-_LOOKS = 10  # a randomised detector is asked without gradient so often in a walk
+_LOOKS = 5  # a randomised detector is asked without gradient so often in a walk
 _RIGHT = 1e30  # a point that is classified rightly ranks below every other
 
 
