@@ -114,6 +114,10 @@ class Detector:
         """
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
+    def usual(self, fitted: Fitted, x: Tensor) -> Tensor:
+        """(N,) what scores held-out clean images x have; the threshold comes from these."""
+        return fitted.score(x)
+
     def guard(self, fitted: Fitted) -> Any:
         """Of a stateful detector: the model's answers to one account, whose queries it watches."""
         raise RobustError(f"{self.name} looks at single inputs; only a stateful detector guards an account")
@@ -211,7 +215,7 @@ class Fitted:
         """
         fpr = self.detector.usual_fpr if fpr is None else fpr
         with torch.no_grad():
-            scores = self.score(x)
+            scores = self.detector.usual(self, x)
         return replace(self, threshold=threshold_at(scores, fpr), fpr=fpr, held_out=len(x))
 
     def describe(self) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class Similarity(Detector):
 
     An encoder learns, by a contrastive loss, to bring an image and slight changes of it together and others apart. The
     score of a query is minus the mean distance to the k nearest among the account's earlier ones; the first k have
-    none, −∞. `score` takes its inputs for one account's queries, in order.
+    none, −∞. `score` takes its inputs for one account's queries, in order. An account with a long history has nearer
+    neighbours: thresholds come from held-out images each among all others, and hold for histories as long as that.
 
     Attributes:
         neighbours: k; the paper has 50.
@@ -73,6 +74,14 @@ class Similarity(Detector):
         codes = torch.cat([self.embed(clf, learnt, part) for part in x.split(256)])
         scores = [self.nearness(codes[k], codes[max(k - self.history, 0) : k]) for k in range(len(codes))]
         return torch.stack(scores)
+
+    def usual(self, fitted: Fitted, x: Tensor) -> Tensor:
+        """See `Detector.usual`: of each image among all others, which is what an old account's next query meets."""
+        self.require(len(x) > self.neighbours, f"{len(x)} held-out images hold no {self.neighbours} neighbours")
+        x = x.to(fitted.clf.device, torch.float32)
+        codes = torch.cat([self.embed(fitted.clf, fitted.learnt, part) for part in x.split(256)])
+        rows = torch.arange(len(codes), device=codes.device)
+        return torch.stack([self.nearness(codes[k], codes[rows != k][-self.history :]) for k in range(len(codes))])
 
     def nearness(self, code: Tensor, earlier: Tensor) -> Tensor:
         """Minus the mean distance of a code (d,) to the k nearest of earlier ones (M, d); −∞ where M < k."""

@@ -87,6 +87,8 @@ class FeatureSqueezing(Detector):
     strength: float = 2.0
 
     def __post_init__(self) -> None:
+        for key in ("bits", "median", "search", "patch", "strength"):
+            self.require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must be 0 or more")
         self.require(bool(self.squeezers()), "bits=0, median=0 and search=0 leave no squeezer; choose one")
 
     def squeezers(self) -> list[Defense]:
