@@ -76,7 +76,9 @@ class Trial:
         self.compiled: bool | None = None  # whether its answers are compiled; None where the work repays it
         self.bare = False  # nothing is asked but what the search asks: no clean points offered, no last word
         self.most = 1 << 30  # points at once; less after memory ran out
-        self.veto: Veto | None = None  # of points and their rows: which a detector stops, so that they are no hits
+        self.veto: Veto | None = (
+            None  # of points and their rows: which a detector stops, so that they are no hits
+        )
 
     def name_targets(self, name: str | None) -> None:
         """Sets the classes that a name of `robust.targets` stands for; None leaves the targets as they are."""

@@ -39,6 +39,8 @@ def figure(found: Mapping[str, Any]) -> bytes:
             panel.plot(grid, grid, color="0.6", lw=0.8, ls=":")
             panel.set(xscale="log", xlim=(_LEFT, 1), ylim=(0, 1), title=attack, xlabel="clean inputs flagged")
             panel.grid(alpha=0.3)
+            if not panel.get_legend_handles_labels()[0]:
+                continue
             panel.legend(frameon=False, fontsize=6, title="area under the curve", title_fontsize=6)
         for panel in panels[len(attacks) :]:
             panel.set_visible(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from robust.detection_store import Store
 from robust.detector import Fitted
+from robust.errors import RobustError
 from robust.oracle import Oracle
 from robust.registry import room
 from robust.report import clopper_pearson
@@ -37,10 +39,8 @@ def measure_queries(question: Question, fitted: Fitted, store: Store, name: str)
     for attack in ATTACKS:
         for blind in (False, True):
             label = f"{attack}, blinded" if blind else attack
-            part = store.tensors(
-                f"scores/{name}--{attack}{'-blinded' if blind else ''}",
-                lambda attack=attack, blind=blind: _accounts(question, fitted, right, attack, blind),
-            )
+            kept = f"scores/{name}--{attack}{'-blinded' if blind else ''}"
+            part = store.tensors(kept, partial(_accounts, question, fitted, right, attack, blind))
             measured[label] = _told(part, usual)
     share = {"count": flags, "of": asked, "fraction": flags / asked if asked else 0.0}
     return {
@@ -72,7 +72,8 @@ def _accounts(
 ) -> dict[str, Tensor]:
     """One attack on one sample an account: first detection (0 for none), detections, queries, success; all scores."""
     kind, numbers, scores = room("attacks").load(attack), [], []
-    threat = question.threat if question.threat.norm in kind.norms else None
+    if question.threat.norm not in kind.norms:
+        raise RobustError(f"{attack} has no {question.threat.norm} form; accounts are attacked in linf or l2")
     clf, test = question.clf, question.test
     for row in rows:
         guard = fitted.detector.guard(fitted)
@@ -83,8 +84,7 @@ def _accounts(
             classes=clf.classes,
             answers="labels" if kind.knowledge == "decision" else "scores",
         )
-        chosen = threat if threat is not None else type(question.threat)()
-        result = kind(threat=chosen, queries=question.queries, until="broken").run(
+        result = kind(threat=question.threat, queries=question.queries, until="broken").run(
             oracle,
             test.x[row : row + 1],
             test.y[row : row + 1],

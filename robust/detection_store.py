@@ -36,7 +36,9 @@ class Store:
             return
         if out.exists() and any(out.iterdir()):
             if not resume:
-                raise RunError(f"{out} already holds something; add --resume to go on, or choose another --out")
+                raise RunError(
+                    f"{out} already holds something; add --resume to go on, or choose another --out"
+                )
             self._compare(read_json(out / PLAN), identity)
         for name in ("points", "scores", "detectors"):
             (out / name).mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ held-out clean images, that one flags at most a chosen fraction of fresh clean o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -276,7 +275,8 @@ def threshold_at(scores: Tensor, fpr: float) -> float:
     rank = math.ceil((1 - fpr) * (n + 1) - 1e-9)
     if rank > n:
         raise RobustError(
-            f"{n} held-out images cannot bound a false-positive rate of {fpr:g}; give at least {math.ceil(1 / fpr - 1 - 1e-9)}"
+            f"{n} held-out images cannot bound a false-positive rate of {fpr:g}; "
+            f"give at least {math.ceil(1 / fpr - 1 - 1e-9)}"
         )
     return float(scores.float().sort().values[rank - 1])
 

@@ -38,9 +38,7 @@ class ROC:
         """The curve's corners, or as many of them as tell it well: all of the left tenth first, as pairs for JSON."""
         pairs = np.stack([self.fpr, self.tpr], 1)
         if len(pairs) > points:
-            grid = np.concatenate(
-                [[0.0], np.geomspace(1e-4, 1, points // 2), np.linspace(0, 1, points // 2)]
-            )
+            grid = np.concatenate([[0.0], np.geomspace(1e-4, 1, points // 2), np.linspace(0, 1, points // 2)])
             rows = np.unique(np.searchsorted(self.fpr, np.sort(grid), side="right") - 1)
             pairs = pairs[np.unique(np.concatenate([rows, [0, len(pairs) - 1]]))]
         return [[round(float(a), 6), round(float(b), 6)] for a, b in pairs]
@@ -60,9 +58,7 @@ def roc(clean: Sequence[float] | Array, adversarial: Sequence[float] | Array) ->
     if np.isnan(negative).any() or np.isnan(positive).any():
         raise RobustError("a score is no number; a detector's scores are finite, or infinite")
     levels = np.unique(np.concatenate([negative, positive]))[::-1]
-    above = [
-        len(part) - np.searchsorted(np.sort(part), levels, side="left") for part in (negative, positive)
-    ]
+    above = [len(part) - np.searchsorted(np.sort(part), levels, side="left") for part in (negative, positive)]
     fpr, tpr = (
         np.concatenate([[0.0], count / len(part)])
         for count, part in zip(above, (negative, positive), strict=True)
@@ -81,9 +77,9 @@ def _interval(area: float, negative: Array, positive: Array) -> tuple[float, flo
         return 0.0, 1.0
     low, high = np.sort(negative), np.sort(positive)
     of_positive = (np.searchsorted(low, positive, "left") + np.searchsorted(low, positive, "right")) / (2 * n)
-    of_negative = 1 - (
-        np.searchsorted(high, negative, "left") + np.searchsorted(high, negative, "right")
-    ) / (2 * m)
+    of_negative = 1 - (np.searchsorted(high, negative, "left") + np.searchsorted(high, negative, "right")) / (
+        2 * m
+    )
     error = math.sqrt(of_positive.var(ddof=1) / m + of_negative.var(ddof=1) / n)
     odds, spread = math.log(area / (1 - area)), 1.959964 * error / (area * (1 - area))
     return _logistic(odds - spread), _logistic(odds + spread)

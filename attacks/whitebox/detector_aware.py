@@ -30,10 +30,10 @@ class DetectorAware(Attack):
     """Selective or orthogonal PGD around a detector (Bryniarski et al. 2021, arXiv:2106.15023).
 
     While a point is classified rightly a step raises the margin loss, else it lowers the detector's score; "orthogonal"
-    takes out of each gradient its part along the other one, "selective" does not; neither is always better. The score has the gradient that the
-    detector declares (BPDA), and draws anew at every step where it is randomised (EOT). Step sizes fall by a half
-    cosine. Success means a wrong class *and* no flag. In "strongest" a walk goes on and lowers the score further, so
-    that its points serve every threshold; in "broken" a sample stops at its first success.
+    takes out of each gradient its part along the other one, "selective" does not; neither is always better. The score
+    has the gradient that the detector declares (BPDA), and draws anew at every step where it is randomised (EOT). Step
+    sizes fall by a half cosine. Success means a wrong class *and* no flag. In "strongest" a walk goes on and lowers the
+    score further, so that its points serve every threshold; in "broken" a sample stops at its first success.
 
     Without a detector it is PGD on the margin.
 
@@ -89,7 +89,7 @@ class DetectorAware(Attack):
         total = self.restarts * len(trial.x)
         for restart in range(self.restarts):
             rows = (~trial.finished()).nonzero()[:, 0]
-            for part in rows.split(_SIZES[-1]):
+            for part in rows.split(_SIZES[-1]) if len(rows) else ():
                 Walk(self, trial, part, restart).run()
                 trial.progress((restart * len(trial.x) + int(part[-1]) + 1) / total)
 
@@ -176,7 +176,7 @@ class Walk:
         return choose(wrong, fall, rise).contiguous()
 
     def _offer(self, at: Tensor, logits: Tensor, score: Tensor | None) -> None:
-        """Hands the points to the trial: wrong and unflagged first, then wrong with a low score, then a large margin."""
+        """Hands the points to the trial: wrong and unflagged first, then wrong with a low score, then by margin."""
         detector, keep = self.attack.detector, slice(0, self.count)
         hit = misclassified(logits, self.y, self.targets)
         gains = margin(logits, self.y, self.targets).nan_to_num(0.0, 0.0, 0.0)
@@ -193,10 +193,11 @@ class Walk:
 
     def _first_size(self) -> Tensor:
         """(B,) the first step's length."""
-        eps = torch.as_tensor(self.threat.eps, dtype=torch.float32, device=self.x.device)
+        eps: Tensor = torch.as_tensor(self.threat.eps, dtype=torch.float32, device=self.x.device)
         if self.attack.step_size is not None:
             return torch.full((len(self.rows),), self.attack.step_size, device=self.x.device)
-        return (eps * min(2.5 / self.attack.steps**0.5, 0.25)).expand(len(self.rows)).contiguous()
+        first: Tensor = (eps * min(2.5 / self.attack.steps**0.5, 0.25)).expand(len(self.rows))
+        return first.contiguous()
 
     def _masked(self, points: Tensor) -> Tensor:
         return points if self.mask is None else torch.where(self.mask, points, self.x)

@@ -43,9 +43,11 @@ class Blinding:
         width = bounds[1] - bounds[0]
         each = (-1, 1, 1, 1)
         mean = moved.mean((1, 2, 3), keepdim=True)
-        lit = (moved - mean) * (1 + u[4].view(each) * self.contrast) + mean + u[5].view(
-            each
-        ) * self.light * width
+        lit = (
+            (moved - mean) * (1 + u[4].view(each) * self.contrast)
+            + mean
+            + u[5].view(each) * self.light * width
+        )
         noise = draws.branch("noise").normal(*x.shape[1:]).to(x) * self.noise * width
         return (lit + noise).clamp(*bounds)
 

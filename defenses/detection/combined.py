@@ -86,7 +86,7 @@ class Layered(Detector):
     def _examples(self, clf: Classifier, x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Clean and noisy images, and adversarial ones: those of right images that the attack broke, if any."""
         result = get(self.attack)(threat=Linf(self.eps)).run(clf, x, y, seed=seed)
-        right = torch.cat([clf.logits(part).argmax(1) == y[k * 64 : k * 64 + 64] for k, part in enumerate(x.split(64))])  # fmt: skip
+        right = torch.cat([clf.logits(part).argmax(1) for part in x.split(64)]) == y
         broken = result.success.to(x.device) & right
         chosen = broken if bool(broken.any()) else torch.ones_like(broken)
         signs = Draws(seed, f"{self.name}/noise", torch.arange(len(x), device=x.device)).signs(*x.shape[1:])

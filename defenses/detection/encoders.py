@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,7 @@ class Encoder(nn.Module):
     def __init__(self, channels: int, width: int, dimensions: int) -> None:
         super().__init__()
         sizes = [channels, width, 2 * width, 4 * width]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes))
         self.pool = nn.AdaptiveAvgPool2d(4)
         self.linear = nn.Linear(4 * width * 16, dimensions)
 

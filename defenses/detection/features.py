@@ -32,7 +32,7 @@ def _tapped(modules: Sequence[nn.Module], seen: dict[int, Tensor]) -> Iterator[N
 
 
 def layers(clf: Classifier, x: Tensor, count: int) -> list[nn.Module]:
-    """`count` weighted layers (or all, if there are fewer) whose inputs are looked at, evenly spread, the last included.
+    """`count` weighted layers, or all if there are fewer, whose inputs are looked at: evenly spread, the last included.
 
     Their inputs are what the layers before them gave, after the activation; the first layer's is the image, and is only
     taken where there is no other.

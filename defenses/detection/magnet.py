@@ -34,7 +34,9 @@ class _MagNet(Detector):
 
     def __post_init__(self) -> None:
         for key in ("width", "epochs"):
-            self.require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} learns nothing; give 1 or more")
+            self.require(
+                getattr(self, key) >= 1, f"{key}={getattr(self, key)} learns nothing; give 1 or more"
+            )
         self.require(0 <= self.noise < 1, f"noise={self.noise} leaves no image; give less than 1")
 
     def learn(self, clf: Classifier, x: Tensor, y: Tensor, seed: int) -> Learnt:
@@ -88,7 +90,7 @@ class MagNetError(_MagNet):
 
 @dataclass(frozen=True, kw_only=True)
 class MagNetDivergence(_MagNet):
-    """MagNet's divergence (Meng & Chen 2017, arXiv:1705.09064): Jensen-Shannon, of the model's answers to x and rebuilt x.
+    """MagNet's divergence (Meng & Chen 2017, arXiv:1705.09064): Jensen-Shannon, of the answers to x and rebuilt x.
 
     Attributes:
         temperature: T that logits are divided by before the softmax; the paper has 10 and 40.
@@ -104,9 +106,7 @@ class MagNetDivergence(_MagNet):
 
     def measure(self, clf: Classifier, learnt: Mapping[str, Tensor], x: Tensor, draws: Draws) -> Tensor:
         """See `Detector.measure`: in nats, from 0 to log 2."""
-        return jensen_shannon(
-            clf(x) / self.temperature, clf(self.rebuilt(clf, learnt, x)) / self.temperature
-        )
+        return jensen_shannon(clf(x) / self.temperature, clf(self.rebuilt(clf, learnt, x)) / self.temperature)
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ _TOGETHER = 512  # points of a forward
 
 @dataclass(frozen=True, kw_only=True)
 class Region(Detector):
-    """Region-based classification (Cao & Gong 2017, arXiv:1709.05583): votes in a hypercube that differ from the input's.
+    """Region-based classification (Cao & Gong 2017, arXiv:1709.05583): votes in a hypercube that are not the input's.
 
-    The score is the part of random points around x whose class is not x's own. A count of votes has no gradient; attacks
-    raise the mean margin of x's class over fewer points (BPDA), drawn anew at every step (EOT).
+    The score is the part of random points around x whose class is not x's own. A count of votes has no gradient;
+    attacks raise the mean margin of x's class over fewer points (BPDA), drawn anew at every step (EOT).
 
     Attributes:
         radius: half a side of the hypercube, in the unit of x; the paper has 0.3 for MNIST and 0.02 for CIFAR-10.
@@ -42,7 +42,9 @@ class Region(Detector):
     def __post_init__(self) -> None:
         self.require(0 < self.radius < float("inf"), f"radius={self.radius} is no region; give one above 0")
         for key in ("votes", "gradient_votes"):
-            self.require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} decides nothing; give 1 or more")
+            self.require(
+                getattr(self, key) >= 1, f"{key}={getattr(self, key)} decides nothing; give 1 or more"
+            )
 
     def measure(self, clf: Classifier, learnt: Mapping[str, Tensor], x: Tensor, draws: Draws) -> Tensor:
         """See `Detector.measure`: from 0 to 1."""

@@ -26,7 +26,7 @@ class Banned(RobustError):
 
 @dataclass(frozen=True, kw_only=True)
 class Similarity(Detector):
-    """Stateful detection of black-box attacks (Chen et al. 2019, arXiv:1907.05587): how near a query is to earlier ones.
+    """Stateful detection of attacks (Chen et al. 2019, arXiv:1907.05587): how near a query is to earlier ones.
 
     An encoder learns, by a contrastive loss, to bring an image and slight changes of it together and others apart. The
     score of a query is minus the mean distance to the k nearest among the account's earlier ones; the first k have
@@ -77,11 +77,15 @@ class Similarity(Detector):
 
     def usual(self, fitted: Fitted, x: Tensor) -> Tensor:
         """See `Detector.usual`: of each image among all others, which is what an old account's next query meets."""
-        self.require(len(x) > self.neighbours, f"{len(x)} held-out images hold no {self.neighbours} neighbours")
+        self.require(
+            len(x) > self.neighbours, f"{len(x)} held-out images hold no {self.neighbours} neighbours"
+        )
         x = x.to(fitted.clf.device, torch.float32)
         codes = torch.cat([self.embed(fitted.clf, fitted.learnt, part) for part in x.split(256)])
         rows = torch.arange(len(codes), device=codes.device)
-        return torch.stack([self.nearness(codes[k], codes[rows != k][-self.history :]) for k in range(len(codes))])
+        return torch.stack(
+            [self.nearness(codes[k], codes[rows != k][-self.history :]) for k in range(len(codes))]
+        )
 
     def nearness(self, code: Tensor, earlier: Tensor) -> Tensor:
         """Minus the mean distance of a code (d,) to the k nearest of earlier ones (M, d); −∞ where M < k."""

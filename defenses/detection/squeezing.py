@@ -14,7 +14,7 @@ from robust.classifier import Classifier
 from robust.defense import Defense
 from robust.defenses.transforms.depth import BitDepth
 from robust.defenses.transforms.median import MedianSmooth
-from robust.detector import Detector
+from robust.detector import Detector, Learnt
 from robust.rng import Draws
 
 
@@ -23,7 +23,8 @@ class NonLocalMeans(Defense):
     """Non-local means (Buades et al. 2005; as a squeezer Xu et al. 2018, arXiv:1704.01155).
 
     Each pixel is the mean of those around it, weighted by exp(−d² / h²), d² being the mean squared difference of the
-    patches around the two. Edges are reflected. Attacks take the identity's gradient: so weak a smoothing changes little.
+    patches around the two. Edges are reflected. Attacks take the identity's gradient: so weak a smoothing changes
+    little.
 
     Attributes:
         search: side of the square that pixels come from; patch: side of the patches that are compared; both odd.
@@ -69,9 +70,9 @@ class NonLocalMeans(Defense):
 class FeatureSqueezing(Detector):
     """Feature squeezing (Xu et al. 2018, arXiv:1704.01155): the largest l1 distance of softmax to squeezed versions.
 
-    The squeezers are bit-depth reduction, a local median and non-local means; a 0 leaves one out. The paper's best joint
-    ones are bits=1 median=2 search=0 for MNIST and bits=5 median=2 search=13 for CIFAR-10, the defaults. Rounding and
-    non-local means have no useful gradient; attacks take the identity's (BPDA).
+    The squeezers are bit-depth reduction, a local median and non-local means; a 0 leaves one out. The paper's best
+    joint ones are bits=1 median=2 search=0 for MNIST and bits=5 median=2 search=13 for CIFAR-10, the defaults. Rounding
+    and non-local means have no useful gradient; attacks take the identity's (BPDA).
 
     Attributes:
         bits: levels 2^bits of each value. median: side of the square. search, patch, strength: of non-local means.
@@ -101,6 +102,12 @@ class FeatureSqueezing(Detector):
         if self.search:
             chosen.append(NonLocalMeans(search=self.search, patch=self.patch, strength=self.strength))
         return chosen
+
+    def learn(self, clf: Classifier, x: Tensor, y: Tensor, seed: int) -> Learnt:
+        """See `Detector.learn`: nothing, but squeezers that such images are too small for are refused."""
+        for squeezer in self.squeezers():
+            squeezer.transform(x[:1], clf.bounds, 0)
+        return {}
 
     def measure(self, clf: Classifier, learnt: Mapping[str, Tensor], x: Tensor, draws: Draws) -> Tensor:
         """See `Detector.measure`: from 0 to 2."""

@@ -1,7 +1,7 @@
 """Measures every detector on MNIST's LeNet5 or CIFAR-10's ResNet-20: PGD, C&W, the attack that knows it, and queries.
 
     python -m robust.experiments.detection.measure SUBJECT RUN OUT.json WEIGHTS [--n 1000] [--data-root DIR]
-        [--data DATA --learn-data DATA] [--detector NAME ...]
+        [--data DATA --learn-data DATA] [--detector NAME ...] [--device cuda]
 
 SUBJECT is mnist or cifar10. RUN is the folder of the run: an interrupted measurement goes on with what it holds, and
 OUT.json, the record, is written after every detector. Images: the first N of the test part are attacked, the next
@@ -23,7 +23,7 @@ from robust.digest import read_json, write_json
 from robust.models import load_classifier
 from robust.threat import Linf
 
-HELD_OUT, LEARN, ACCOUNTS, QUERIES, SEED, FPR = 1000, 3000, 25, 500, 0, 0.05
+HELD_OUT, LEARN, ACCOUNTS, QUERIES, SEED = 1000, 3000, 25, 500, 0
 # Where the record has the curves, by the part of clean inputs that is flagged.
 GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 KEPT = ("model", "threat", "seed", "accounts", "queries", "clean_accuracy", "attacks", "warnings")
@@ -52,7 +52,7 @@ SUBJECTS = {
             "mahalanobis",
             "lid",
             "similarity",
-            "region:radius=0.3,gradient_votes=5",
+            "region:radius=0.3,votes=50,gradient_votes=5",
         ),
         {
             "pgd": {"steps": 40},
@@ -69,9 +69,13 @@ SUBJECTS = {
             "mahalanobis",
             "lid",
             "similarity",
-            "region:radius=0.02,gradient_votes=5",
+            "region:radius=0.02,votes=50,gradient_votes=5",
         ),
-        {"pgd": {"steps": 20}, "cw-l2": {"steps": 40, "search_steps": 4, "initial_c": 1.0}, AWARE: {"steps": 30, "restarts": 1}},
+        {
+            "pgd": {"steps": 20},
+            "cw-l2": {"steps": 40, "search_steps": 4, "initial_c": 1.0},
+            AWARE: {"steps": 30, "restarts": 1},
+        },
         (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
     ),
 }  # fmt: skip
@@ -82,7 +86,7 @@ def question(given: argparse.Namespace) -> Question:
     subject = SUBJECTS[given.subject]
     data = given.data or subject.data
     clf = load_classifier(
-        subject.model, weights=given.weights, mean=subject.mean, std=subject.std, device="cpu"
+        subject.model, weights=given.weights, mean=subject.mean, std=subject.std, device=given.device
     )
     test = load_data(data, n=given.n + HELD_OUT, root=given.data_root)
     learn = load_data(given.learn_data or data, n=LEARN, root=given.data_root, train=True)
@@ -92,20 +96,21 @@ def question(given: argparse.Namespace) -> Question:
         chosen = {name: item for name, item in chosen.items() if item.name in given.detector}
     return Question(
         clf, Samples(x[: given.n], y[: given.n]), Samples(x[given.n :], y[given.n :]), Samples(*learn.tensors()),
-        {item.name: item for item in chosen.values()}, subject.attacks, Linf(subject.eps), None, SEED, ACCOUNTS, QUERIES,
+        {item.name: item for item in chosen.values()}, subject.attacks, Linf(subject.eps), None, SEED, ACCOUNTS,
+        QUERIES,
     )  # fmt: skip
 
 
 def record(found: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What is kept of a run: the table, and the curves on `GRID`."""
-    about = {key: found[key] for key in (*KEPT, "seconds", "commit", "date", "device", "versions")}
+    about = {key: found[key] for key in (*KEPT, "seconds", "date", "device", "versions")}
     samples = {part: told["n"] for part, told in found["data"].items()}
     return {
         "subject": name,
         "samples": samples,
         **about,
         "grid": list(GRID),
-        "detectors": [_thin(row) for row in found["detectors"]],
+        "detectors": [{**_thin(row), "commit": found["commit"]} for row in found["detectors"]],
     }
 
 
@@ -133,6 +138,7 @@ def main() -> None:
     parser.add_argument("--learn-data")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--detector", action="append")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     asked, before = question(given), dict[str, Any]()
     for name, detector in asked.detectors.items():

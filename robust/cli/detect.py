@@ -1,4 +1,4 @@
-"""`robust detect [MODEL]`: how well detectors tell adversarial inputs from clean ones, also if the attacker knows them."""
+"""`robust detect [MODEL]`: how well detectors tell adversarial inputs from clean ones, knowing attackers too."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ HeldOut = Annotated[
     ),
 ]
 Accounts = Annotated[
-    int, typer.Option("--accounts", metavar="N", help="similarity: samples that are attacked, one an account.")
+    int,
+    typer.Option("--accounts", metavar="N", help="similarity: samples that are attacked, one an account."),
 ]
 Queries = Annotated[
     int, typer.Option("--queries", metavar="N", help="similarity: the most queries for each of them.")
@@ -121,7 +122,8 @@ def detect(
     as_json: options.Json = False,
 ) -> None:
     """Measure detectors of adversarial inputs, also against an attacker who knows them."""
-    for option, value in (("learn", learn), ("held-out", held_out), ("accounts", accounts), ("queries", queries)):  # fmt: skip
+    counts = {"n": n, "learn": learn, "held-out": held_out, "accounts": accounts, "queries": queries}
+    for option, value in counts.items():
         if value < 1:
             raise ConfigError(f"--{option}: {value} is too few; give at least 1")
     rate = None if fpr is None else options.number(fpr, "--fpr")
@@ -168,8 +170,8 @@ def make_detectors(texts: Sequence[str], eps: float | None) -> dict[str, Any]:
         for row in known if name == "all" else [name]:
             kind = registry.load(row)
             usual = {"eps": eps} if eps is not None and any(f.name == "eps" for f in fields(kind)) else {}
-            label = text if name == row else row
-            found[label.replace(":", " ")] = from_mapping({**usual, **given}, kind, f"--detector {row}")
+            label = row if row not in found else text.replace(":", " ")
+            found[label] = from_mapping({**usual, **given}, kind, f"--detector {row}")
     return found
 
 
@@ -198,7 +200,10 @@ def make_attacks(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _spread(texts: Sequence[str]) -> list[str]:
     """Names of comma lists one by one; what has settings stands alone."""
     return [
-        part.strip() for text in texts for part in ([text] if ":" in text else text.split(",")) if part.strip()
+        part.strip()
+        for text in texts
+        for part in ([text] if ":" in text else text.split(","))
+        if part.strip()
     ]
 
 
@@ -306,18 +311,21 @@ def _auc(told: Mapping[str, Any]) -> str:
     if told.get("auc") is None:
         return ""
     between = told.get("interval")
-    return f"{told['auc']:.3f}" + (f" ({between[0]:.2f}, {between[1]:.2f})" if between else "")
+    return f"{told['auc']:.2f}" + (f" ({between[0]:.2f}-{between[1]:.2f})" if between else "")
 
 
-def _tpr(told: Mapping[str, Any], rate: str) -> str:
-    return options.percent(told["tpr"][rate]) if told.get("tpr") else ""
+def _tpr(told: Mapping[str, Any]) -> str:
+    return (
+        ", ".join(f"{100 * told['tpr'][rate]:.0f}" for rate in ("0.01", "0.05")) + " %"
+        if told.get("tpr")
+        else ""
+    )
 
 
 _SINGLE = {
-    "wrong": lambda told: f"{told['broken']}/{told['n']}",
+    "wrong": lambda told: options.percent(told["broken"] / max(told["n"], 1)),
     "AUC (95 %)": _auc,
-    "TPR 1 %": lambda told: _tpr(told, "0.01"),
-    "5 %": lambda told: _tpr(told, "0.05"),
+    "TPR 1, 5 %": _tpr,
     "flagged": lambda told: options.percent(told["flagged"]["fraction"]) if told["broken"] else "",
     "past it": lambda told: options.percent(told["success"]["fraction"]),
 }
@@ -342,5 +350,5 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, 
     for row in rows:
         table.add_row(row["name"])
         for attack, told in row["attacks"].items():
-            table.add_row(f"  {attack}", *(cell(told) for cell in columns.values()))
+            table.add_row(f" {attack}", *(cell(told) for cell in columns.values()))
     options.print_table(table)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from robust import Classifier, Linf
-from robust.attacks import PGD, get as attack
+from robust.attacks import PGD
+from robust.attacks import get as attack
 from robust.cli.main import run
 from robust.defenses import REGISTRY, get
 from robust.detector import Detector, Fitted, load_detector
