@@ -111,9 +111,9 @@ def run_detection(
         RunError: a folder that cannot be written or is about something else.
         RobustError: too few samples for the false-positive rate, or a detector that cannot learn from this model.
     """
-    store, begun = Store(out, question.identity(), resume), time.perf_counter()
     for name in question.attacks:
         build(name, question)  # a setting that makes no sense ends the run before it begins
+    store, begun = Store(out, question.identity(), resume, question.attacks), time.perf_counter()
     rows, done = [], 0
     total = sum(1 + len(_attacks_of(question, detector)) for detector in question.detectors.values())
     for name, detector in question.detectors.items():

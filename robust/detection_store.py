@@ -25,12 +25,19 @@ class Store:
     Args:
         out: the folder; None keeps parts in memory only.
         identity: what the run is about. resume: whether the folder may hold a part of it already.
+        attacks: settings by name; those of a run to resume may be fewer, but no others.
 
     Raises:
         RunError: the folder holds something and `resume` is not given, or something else.
     """
 
-    def __init__(self, out: Path | None, identity: Mapping[str, Any], resume: bool) -> None:
+    def __init__(
+        self,
+        out: Path | None,
+        identity: Mapping[str, Any],
+        resume: bool,
+        attacks: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         self.out, self._memory, self._spent = out, dict[str, dict[str, Tensor]](), 0.0
         if out is None:
             return
@@ -39,19 +46,16 @@ class Store:
                 raise RunError(
                     f"{out} already holds something; add --resume to go on, or choose another --out"
                 )
-            self._compare(read_json(out / PLAN), identity)
+            before = read_json(out / PLAN)
+            _compare(before, identity, "")
+            kept = before.get("attacks", {})
+            _compare({**attacks, **kept}, attacks, "the attack ")
+            attacks = {**kept, **attacks}
         for name in ("points", "scores", "detectors"):
             (out / name).mkdir(parents=True, exist_ok=True)
-        write_json(out / PLAN, identity)
+        write_json(out / PLAN, {**identity, "attacks": {name: dict(told) for name, told in attacks.items()}})
         if (out / SECONDS).exists():
             self._spent = float(read_json(out / SECONDS)["seconds"])
-
-    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for key, value in now.items():
-            if before.get(key) != value:
-                raise RunError(
-                    f"the run to resume has {key}={before.get(key)}, and this one {value}; choose another --out"
-                )
 
     def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """A part: the one that is kept, or else what `make` makes."""
@@ -105,3 +109,11 @@ class Store:
         write_json(
             self.out / "digests.json", {key: file_digest(self.out / key) for key in (name, *files, PLAN)}
         )
+
+
+def _compare(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise RunError(
+                f"the run to resume has {what}{key}={before.get(key)}, and this one {value}; choose another --out"
+            )

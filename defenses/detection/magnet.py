@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +15,7 @@ from robust.classifier import Classifier
 from robust.defenses.detection.encoders import AutoEncoder, below, named, trained, unit
 from robust.detector import Detector, Learnt
 from robust.recipe import Loss
-from robust.rng import Draws, derive
+from robust.rng import Draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,8 @@ def _rebuilding(noise: float) -> Loss:
     """The mean squared error of images rebuilt from noisy ones."""
 
     def loss(net: Classifier, x: Tensor, y: Tensor, index: Tensor, epoch_seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive(epoch_seed, "noise", int(index[0])))
-        noisy = (x + noise * torch.randn(x.shape, generator=generator).to(x)).clamp(0, 1)
+        drawn = Draws(epoch_seed, "noise", index).normal(*x.shape[1:]).to(x)
+        noisy = (x + noise * drawn).clamp(0, 1)
         return (net.training_logits(noisy) - x.flatten(1)).square().mean()
 
     return loss
@@ -112,6 +113,6 @@ class MagNetDivergence(_MagNet):
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     """(N,) the Jensen-Shannon divergence, in nats, of the distributions that logits (N, K) stand for."""
     p, q = first.log_softmax(1), second.log_softmax(1)
-    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
+    middle = torch.logaddexp(p, q) - math.log(2)
     halves = (p.exp() * (p - middle)).sum(1) + (q.exp() * (q - middle)).sum(1)
     return halves / 2

@@ -73,7 +73,10 @@ def test_a_run_keeps_scores_that_give_its_table_and_goes_on(
     assert run([*SHORT, *QUICK, "--eps", "0.1", "--out", str(out), "--resume"]) == 2
     line = capsys.readouterr().err
     assert "the run to resume has threat=" in line
-    assert line.count("\n") == 1
+    assert run([*SHORT, "--attack", "pgd:steps=6", "--out", str(out), "--resume"]) == 2
+    line = line + capsys.readouterr().err
+    assert "the attack pgd={'steps': 5}" in line
+    assert line.count("\n") == 2
 
 
 def test_the_table_says_who_falls(capsys: pytest.CaptureFixture[str]) -> None:
