@@ -22,7 +22,7 @@ from robust.classifier import Classifier
 from robust.conditions import conditions
 from robust.detection_queries import measure_queries
 from robust.detection_store import Store
-from robust.detector import Detector, Fitted
+from robust.detector import Detector, Fitted, require_held_out
 from robust.digest import data_digest, sample_digest
 from robust.errors import RobustError
 from robust.registry import room
@@ -111,8 +111,7 @@ def run_detection(
         RunError: a folder that cannot be written or is about something else.
         RobustError: too few samples for the false-positive rate, or a detector that cannot learn from this model.
     """
-    for name in question.attacks:
-        build(name, question)  # a setting that makes no sense ends the run before it begins
+    _check(question)
     store, begun = Store(out, question.identity(), resume, question.attacks), time.perf_counter()
     rows, done = [], 0
     total = sum(1 + len(_attacks_of(question, detector)) for detector in question.detectors.values())
@@ -153,6 +152,18 @@ def run_detection(
 
         store.finish(RECORD, found, {FIGURE: figure(found)})
     return found
+
+
+def _check(question: Question) -> None:
+    """What cannot be measured ends a run before it begins."""
+    for name in question.attacks:
+        build(name, question)
+    for name, detector in question.detectors.items():
+        fpr = detector.usual_fpr if question.fpr is None else question.fpr
+        try:
+            require_held_out(len(question.held_out.x), fpr)
+        except RobustError as error:
+            raise RobustError(f"{name}: {error}") from None
 
 
 def build(name: str, question: Question, detector: Fitted | None = None) -> Any:

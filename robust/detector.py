@@ -269,16 +269,20 @@ def threshold_at(scores: Tensor, fpr: float) -> float:
     Raises:
         RobustError: too few held-out inputs for so small a fraction.
     """
+    require_held_out(len(scores), fpr)
+    rank = math.ceil((1 - fpr) * (len(scores) + 1) - 1e-9)
+    return float(scores.float().sort().values[rank - 1])
+
+
+def require_held_out(n: int, fpr: float) -> None:
+    """Raises one line unless `fpr` is a rate that n held-out images can bound."""
     if not 0 < fpr < 1:
         raise RobustError(f"fpr={fpr:g} is no false-positive rate; give one in (0, 1) such as 0.05")
-    n = len(scores)
-    rank = math.ceil((1 - fpr) * (n + 1) - 1e-9)
-    if rank > n:
+    least = math.ceil(1 / fpr - 1 - 1e-9)
+    if n < least:
         raise RobustError(
-            f"{n} held-out images cannot bound a false-positive rate of {fpr:g}; "
-            f"give at least {math.ceil(1 / fpr - 1 - 1e-9)}"
+            f"{n} held-out images cannot bound a false-positive rate of {fpr:g}; give at least {least}"
         )
-    return float(scores.float().sort().values[rank - 1])
 
 
 def _predicted(clf: Classifier, x: Tensor) -> Tensor:

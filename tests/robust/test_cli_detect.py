@@ -139,6 +139,7 @@ def test_similarity_meets_queries_plain_and_blinded(
             ["--fpr", "0.001"],
             "held-out images cannot bound a false-positive rate of 0.001; give at least 999",
         ),
+        (["--detector", "magnet-error,similarity"], "similarity: 60 held-out images"),
         (["--n", "0"], "--n: 0"),
         (["--n", "499"], "--n 499 leaves none to set thresholds"),
         (["--learn", "0"], "--learn: 0"),
