@@ -123,6 +123,6 @@ def _told(part: dict[str, Tensor], usual: Tensor) -> dict[str, Any]:
 
 
 def _verdict(measured: dict[str, dict[str, Any]]) -> str:
-    """By the best of the blinded attacks, as `robust.detection.verdict` has it."""
-    best = max(told["success"]["fraction"] for name, told in measured.items() if name.endswith("blinded"))
+    """By the best of the attacks, blinded or not, as `robust.detection.verdict` has it."""
+    best = max(told["success"]["fraction"] for told in measured.values())
     return "falls" if best >= 0.5 else "leans" if best >= 0.1 else "stands"

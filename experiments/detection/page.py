@@ -45,9 +45,10 @@ def conclusion(record: Mapping[str, Any]) -> str:
         best = max(
             (told["success"]["fraction"], name)
             for name, told in row["attacks"].items()
-            if name == AWARE or name.endswith("blinded")
+            if name == AWARE or row["detector"]["stateful"]
         )
-        found[row["verdict"]].append(f"`{row['name']}` ({_percent(best[0])} past it)")
+        by = f" by {best[1]}" if row["detector"]["stateful"] else ""
+        found[row["verdict"]].append(f"`{row['name']}` ({_percent(best[0])} past it{by})")
     lines = []
     if found["falls"]:
         lines.append(f"Fall to an attacker who knows them: {', '.join(found['falls'])}.")
