@@ -85,7 +85,7 @@ class PrivateOptimizer(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Sets the wrapped optimizer\'s."""
+        """Sets the wrapped optimizer's."""
         self.original_optimizer.param_groups = groups
 
     @property
@@ -95,7 +95,7 @@ class PrivateOptimizer(Optimizer):
 
     @state.setter
     def state(self, state: Any) -> None:
-        """Sets the wrapped optimizer\'s."""
+        """Sets the wrapped optimizer's."""
         self.original_optimizer.state = state
 
     @property
@@ -105,7 +105,7 @@ class PrivateOptimizer(Optimizer):
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
-        """Sets the wrapped optimizer\'s."""
+        """Sets the wrapped optimizer's."""
         self.original_optimizer.defaults = defaults
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robust.cli import options
+from robust.cli.interrupt import resumable
 from robust.cli.progress import Meter
 from robust.cli.settings import parse_settings
 from robust.errors import ConfigError, RobustError, UnknownName
@@ -229,21 +230,15 @@ def _run(
 ) -> dict[str, Any]:
     from robust.detection import Question, run_detection
 
-    try:
-        with warnings.catch_warnings(), Meter("loading", quiet=quiet) as meter:
-            options.hush()
-            clf, data = subject.load_classifier()
-            test, held_out, lessons = parts(subject, data, n, learn, learn_data, clf)
-            question = Question(
-                clf, test, held_out, lessons, detectors, attacks, subject.threats()[0], fpr, subject.seed,
-                accounts, queries, {"data_name": subject.data, "learn_data": learn_data or subject.data},
-            )  # fmt: skip
-            return run_detection(question, out=out, resume=resume, command=sys.argv, progress=meter)
-    except KeyboardInterrupt:
-        where = (
-            f"the same command with --resume --out {out} goes on where it was" if out else "nothing is kept"
-        )
-        raise options.Interrupted(f"stopped; {where}") from None
+    with resumable(out), warnings.catch_warnings(), Meter("loading", quiet=quiet) as meter:
+        options.hush()
+        clf, data = subject.load_classifier()
+        test, held_out, lessons = parts(subject, data, n, learn, learn_data, clf)
+        question = Question(
+            clf, test, held_out, lessons, detectors, attacks, subject.threats()[0], fpr, subject.seed,
+            accounts, queries, {"data_name": subject.data, "learn_data": learn_data or subject.data},
+        )  # fmt: skip
+        return run_detection(question, out=out, resume=resume, command=sys.argv, progress=meter)
 
 
 def parts(

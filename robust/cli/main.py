@@ -13,7 +13,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from robust import __version__
-from robust.cli.options import Interrupted
+from robust.cli.interrupt import Interrupted
 from robust.errors import RobustError
 from robust.registry import Registry
 
