@@ -67,6 +67,7 @@ REGISTRY = Registry(
         "gaussian-noise": "robust.attacks.blackbox.gaussiannoise:GaussianNoise",
         "superdeepfool": "robust.attacks.whitebox.superdeepfool:SuperDeepFool",
         "cw-linf": "robust.attacks.whitebox.cw:CWLinf",
+        "detector-aware": "robust.attacks.whitebox.detector_aware:DetectorAware",
         "surrogate": "robust.attacks.blackbox.surrogate:Surrogate",
         "uap": "robust.attacks.universal.uap:UAP",
         "targeted-uap": "robust.attacks.universal.targeted_uap:TargetedUAP",

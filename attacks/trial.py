@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from robust.attacks.base import Attack
 
 Hook = Callable[[float], None]
+Veto = Callable[[Tensor, Tensor], Tensor]
 
 
 class Trial:
@@ -75,6 +76,9 @@ class Trial:
         self.compiled: bool | None = None  # whether its answers are compiled; None where the work repays it
         self.bare = False  # nothing is asked but what the search asks: no clean points offered, no last word
         self.most = 1 << 30  # points at once; less after memory ran out
+        self.veto: Veto | None = (
+            None  # of points and their rows: which a detector stops, so that they are no hits
+        )
 
     def name_targets(self, name: str | None) -> None:
         """Sets the classes that a name of `robust.targets` stands for; None leaves the targets as they are."""
@@ -117,6 +121,9 @@ class Trial:
             twin, self.twin = self.twin, None
             self._wrong = self.judge(torch.arange(len(self.x), device=self.x.device), self.x, self.clean)
             self.twin = twin
+            if self.veto is not None:
+                passed = ~self.veto(self.x, torch.arange(len(self.x), device=self.x.device))
+                self._wrong = self._wrong[0] & passed, self._wrong[1] & passed
         return self._wrong
 
     @property
@@ -253,6 +260,8 @@ class Trial:
         verdict = decide(self.model, self.best[rest], self.y[rest], targets, index, self.seed)
         hit = self.told.clone()
         hit[rest] = verdict.hit
+        if self.veto is not None:
+            hit &= ~self.veto(self.best, torch.arange(len(hit), device=hit.device))
         success = hit & self.threat.inside(self.best, self.x, self.bounds)
         lost = ~success if self.until == "smallest" else torch.zeros_like(success)
         best = torch.where(lost.view(-1, *[1] * (self.x.dim() - 1)), self.x, self.best)

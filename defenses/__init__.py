@@ -18,6 +18,13 @@ REGISTRY = Registry(
         "ibp": "robust.defenses.certified.ibp:IBP",
         "crown": "robust.defenses.certified.crown:CROWN",
         "clever": "robust.defenses.certified.clever:CLEVER",
+        "feature-squeezing": "robust.defenses.detection.squeezing:FeatureSqueezing",
+        "region": "robust.defenses.detection.region:Region",
+        "magnet-error": "robust.defenses.detection.magnet:MagNetError",
+        "magnet-divergence": "robust.defenses.detection.magnet:MagNetDivergence",
+        "mahalanobis": "robust.defenses.detection.mahalanobis:Mahalanobis",
+        "lid": "robust.defenses.detection.lid:LID",
+        "similarity": "robust.defenses.detection.similarity:Similarity",
     },
 )
 get = REGISTRY.load

@@ -5,10 +5,11 @@ A certificate says for which model it holds, in which norm, and how sure it is; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from robust.classifier import Classifier
@@ -77,3 +78,9 @@ class Certificate:
         """Raises one line, for a condition that makes no sense."""
         if not holds:
             raise RobustError(f"{self.name}: {what}")
+
+
+def classes_and_radii(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+    """What `Certificate.certify` gives, of its records: classes (N,) int64 and radii (N,) float64."""
+    classes = torch.tensor([row["class"] for row in records], dtype=torch.int64)
+    return classes, torch.tensor([row["radius"] for row in records], dtype=torch.float64)

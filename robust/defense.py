@@ -58,8 +58,7 @@ class Defense:
             return self.transform(x, bounds, key)
         with torch.no_grad():
             value = self.transform(x.detach(), bounds, key)
-        found: Tensor = _Substituted.apply(value, self.substitute(x, bounds, key))
-        return found
+        return substituted(value, self.substitute(x, bounds, key))
 
     def describe(self) -> dict[str, Any]:
         """Name, parameters and declaration, for manifests."""
@@ -80,6 +79,12 @@ class Defense:
         """Raises one line, for a parameter that makes no sense."""
         if not holds:
             raise RobustError(f"{self.name}: {what}")
+
+
+def substituted(value: Tensor, substitute: Tensor) -> Tensor:
+    """`value`, bit for bit, with the gradient of `substitute`, a tensor of the same shape (BPDA)."""
+    found: Tensor = _Substituted.apply(value, substitute)
+    return found
 
 
 class _Substituted(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robust.certificate import Certificate, Record
+from robust.certificate import Certificate, Record, classes_and_radii
 from robust.classifier import FLOAT_NOISE
 from robust.defenses.certified.graph import Step, trace
 from robust.threat import Threat, make_threat
@@ -82,8 +82,7 @@ class Bounds(Certificate):
             largest: no larger radius is tried; by default the largest of `radii`, else the box's width.
         """
         found = self.records(x, radii=radii, largest=largest, steps=steps)
-        classes = torch.tensor([row["class"] for row in found], dtype=torch.int64)
-        return classes, torch.tensor([row["radius"] for row in found], dtype=torch.float64)
+        return classes_and_radii(found)
 
     def records(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robust.certificate import Certificate, Record
+from robust.certificate import Certificate, Record, classes_and_radii
 from robust.defenses.certified.binomial import Array
 from robust.rng import Draws
 from robust.threat import make_threat
@@ -69,8 +69,7 @@ class CLEVER(Certificate):
             radii: the largest is the ball in which gradients are sampled; by default a tenth of the box's width.
         """
         found = self.records(x, radii=radii, index=index)
-        classes = torch.tensor([row["class"] for row in found], dtype=torch.int64)
-        return classes, torch.tensor([row["radius"] for row in found], dtype=torch.float64)
+        return classes_and_radii(found)
 
     def records(self, x: Tensor, *, index: Tensor | None = None, radii: Sequence[float] = ()) -> list[Record]:
         """See `Certificate.records`."""

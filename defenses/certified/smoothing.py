@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robust.certificate import Certificate, Record
+from robust.certificate import Certificate, Record, classes_and_radii
 from robust.defenses.certified.ballot import PRECISIONS, Ballot, Counts, Precision
 from robust.defenses.certified.binomial import Array, Plan, check_votes, lower_bound
 from robust.defenses.certified.noises import NOISES, Noise
@@ -99,8 +99,7 @@ class RandomizedSmoothing(Certificate):
             Classes (N,) int64, -1 where it abstains, and radii (N,) float64 in the unit of x.
         """
         found = self.records(x, n0=n0, n=n, alpha=alpha, radii=radii, sequential=sequential, index=index)
-        classes = torch.tensor([row["class"] for row in found], dtype=torch.int64)
-        return classes, torch.tensor([row["radius"] for row in found], dtype=torch.float64)
+        return classes_and_radii(found)
 
     def records(
         self,

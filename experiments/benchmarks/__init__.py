@@ -13,6 +13,7 @@ REGISTRY = Registry(
         "catalogue": "robust.experiments.benchmarks.catalogue:Catalogue",
         "training": "robust.experiments.benchmarks.training:TrainingStep",
         "smoothing": "robust.experiments.benchmarks.smoothing:Smoothing",
+        "privacy": "robust.experiments.benchmarks.private:Private",
     },
 )
 get = REGISTRY.load

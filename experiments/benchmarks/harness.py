@@ -331,7 +331,7 @@ def allowance(n: int) -> float:
 def conditions(device: torch.device) -> dict[str, Any]:
     """The core's conditions, with the version of every peer that is installed."""
     found = measured_under(device)
-    for name in ("triton", "torchattacks", "foolbox", "adversarial-robustness-toolbox"):
+    for name in ("triton", "opacus", "torchattacks", "foolbox", "adversarial-robustness-toolbox"):
         try:
             found["versions"][name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robust.cli import options
+from robust.cli.interrupt import resumable
 from robust.cli.progress import Meter
 from robust.errors import ConfigError, VerificationError
 from robust.registry import room, unknown
@@ -167,19 +168,13 @@ def _run(
 ) -> dict[str, Any]:
     from robust.certify import run_certificate
 
-    try:
-        with warnings.catch_warnings(), Meter("loading", quiet=quiet) as meter:
-            options.hush()
-            clf, data = subject.load_classifier()
-            return run_certificate(
-                kind(clf, **fields), data, settings, subject.eps, out=out, resume=resume, verdict=verdict,
-                command=sys.argv, progress=meter,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        where = (
-            f"the same command with --resume --out {out} goes on where it was" if out else "nothing is kept"
-        )
-        raise options.Interrupted(f"stopped; {where}") from None
+    with resumable(out), warnings.catch_warnings(), Meter("loading", quiet=quiet) as meter:
+        options.hush()
+        clf, data = subject.load_classifier()
+        return run_certificate(
+            kind(clf, **fields), data, settings, subject.eps, out=out, resume=resume, verdict=verdict,
+            command=sys.argv, progress=meter,
+        )  # fmt: skip
 
 
 def _kind(method: str) -> Any:

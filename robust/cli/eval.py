@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from robust.cli import options, settings
+from robust.cli.interrupt import resumable
 from robust.cli.progress import Meter, duration
 from robust.errors import ConfigError, RunError
 from robust.models.named import FORM, NamedModel, parse_model
@@ -88,12 +89,8 @@ def evaluate_model(
     _check_suite(suite, subject, surrogates=bool(given))
     folder = out or _default_out(subject, suite, resume)
     options.check_writable(folder)
-    try:
+    with resumable(folder):
         verdict = _evaluate(subject, suite, folder, precision, given, resume=resume, quiet=as_json)
-    except KeyboardInterrupt:
-        raise options.Interrupted(
-            f"stopped; the same command with --resume --out {folder} goes on where it was"
-        ) from None
     if as_json:
         print(json.dumps(verdict.summary(), ensure_ascii=False, default=str))
     else:

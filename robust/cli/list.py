@@ -25,6 +25,10 @@ KINDS = {
     "data": ("data", "DATA by name, folder or file"),
     "defenses": ("defenses", "wrappers around a model"),
     "recipes": ("defenses.training", "training methods, for `robust train --recipe`"),
+    "accountants": (
+        "defenses.privacy.accountants",
+        "what private training costs, for `robust privacy epsilon`",
+    ),
     "metrics": ("metrics", "measures of attacks and defences"),
     "corruptions": ("corruptions", "natural corruptions of images"),
     "poisoning": ("attacks.poisoning", "attacks on the training data"),
@@ -86,6 +90,9 @@ def _row(registry: Registry, name: str) -> dict[str, Any]:
         row |= {"kind": item.kind, "attacked by": item.attacked_by(), "paper": _papers(row["card"])}
     if hasattr(item, "guarantee"):
         row |= {"kind": item.kind, "guarantee": item.guarantee, "paper": _papers(row["card"])}
+    if hasattr(item, "samplings"):
+        row |= {"sampling": list(item.samplings), "paper": _papers(row["card"])}
+        row |= {"number": "upper bound" if item.guaranteed else "approximation"}
     if hasattr(item, "passes"):
         row |= {"paper": _papers(row["card"]), "cost": _cost_class(item.passes())}
     if hasattr(item, "gradients"):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import typer
 import typer.main
 from typer.core import TyperGroup
 
 from robust import __version__
-from robust.cli.options import Interrupted
+from robust.cli.interrupt import Interrupted
 from robust.errors import RobustError
 from robust.registry import Registry
 
@@ -29,6 +29,8 @@ COMMANDS = Registry(
         "matrix": "robust.cli.matrix:matrix",
         "train": "robust.cli.train:train",
         "certify": "robust.cli.certify:certify",
+        "detect": "robust.cli.detect:detect",
+        "privacy": "robust.cli.privacy:app",
         "report": "robust.cli.report:render_report",
         "serve": "robust.cli.serve:serve_model",
         "bench": "robust.cli.bench:bench",
@@ -43,6 +45,8 @@ HELP = {
     "matrix": "Measure models and defenses against suites and a patch.",
     "train": "Train a model by a recipe.",
     "certify": "Certify radii that no attack can beat, with their confidence.",
+    "detect": "Measure detectors, also against an attacker who knows them.",
+    "privacy": "What private training costs, and what models leak.",
     "report": "Write a run's report again, and verify its evidence.",
     "serve": "Serve a model's answers over HTTP, to be attacked over a socket.",
     "bench": "Measure ours against other libraries, correctness first.",
@@ -53,16 +57,23 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class LazyGroup(TyperGroup):
-    """A command group whose rows are imported on first use, so that `robust --version` pays for none of them."""
+    """A command group whose rows are imported on first use, so that `robust --version` pays for none of them.
+
+    Attributes:
+        table: its commands; lines: one line each, for the help.
+    """
+
+    table: ClassVar[Registry] = COMMANDS
+    lines: ClassVar[Mapping[str, str]] = HELP
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names in the table's order."""
-        return list(COMMANDS)
+        return list(self.table)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The commands' lines of the help text."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, HELP[name]) for name in COMMANDS])
+            formatter.write_dl([(name, self.lines[name]) for name in self.table])
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; what Typer itself would answer in silence becomes a line, or no error at all."""
@@ -79,12 +90,12 @@ class LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name."""
-        return build(cmd_name)
+        return build(cmd_name, self.table)
 
 
-def build(name: str) -> Any:
-    """The command of a row of the table, made of its function or sub-application."""
-    item = COMMANDS.load(name)
+def build(name: str, table: Registry = COMMANDS) -> Any:
+    """The command of a row of a table, made of its function or sub-application."""
+    item = table.load(name)
     if isinstance(item, typer.Typer):
         return typer.main.get_command(item)
     single = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -16,6 +16,7 @@ import typer
 
 from robust.cli import eval as single
 from robust.cli import options
+from robust.cli.interrupt import resumable
 from robust.cli.progress import Meter, duration
 from robust.cli.settings import make_defenses
 from robust.cli.universal import TRAIN
@@ -157,12 +158,8 @@ def matrix(
     _check(job)
     folder = out or _folder(job, resume or verify)
     _check_out(folder, resume, verify)
-    try:
+    with resumable(folder):
         found = _run(job, folder, resume=resume, verify=verify, quiet=as_json)
-    except KeyboardInterrupt:
-        raise options.Interrupted(
-            f"stopped; the same command with --resume --out {folder} goes on where it was"
-        ) from None
     if as_json:
         print(json.dumps({**found, "out": str(folder)}, ensure_ascii=False))
     elif verify:

@@ -14,7 +14,7 @@ import typer
 
 from robust.cli.settings import BlackBox, black_box, make_defenses
 from robust.config import number as parse_number
-from robust.errors import ConfigError, RobustError, RunError, ThreatError
+from robust.errors import ConfigError, RunError, ThreatError
 from robust.registry import unknown
 
 if TYPE_CHECKING:
@@ -389,9 +389,3 @@ def print_table(table: Table) -> None:
     with console.capture() as captured:
         console.print(table)
     print(captured.get(), end="")
-
-
-class Interrupted(RobustError):
-    """The user stopped a command."""
-
-    exit_code = 130

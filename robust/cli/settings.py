@@ -116,7 +116,8 @@ def parse_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = (part.strip() for part in setting.partition("="))
         if not equals or not key or not text:
-            example = {"--set": "steps=20", "--endpoint": "timeout=10"}.get(option, "bit-depth:bits=4")
+            examples = {"--set": "steps=20", "--endpoint": "timeout=10", "--attack": "pgd:steps=40"}
+            example = {**examples, "--detector": "lid:neighbours=10"}.get(option, "bit-depth:bits=4")
             raise ConfigError(f"{option}: {setting!r} is not KEY=VALUE; write it like {example}")
         if key in table:
             raise ConfigError(f"{option}: {key} is given twice")
@@ -139,7 +140,8 @@ def make_defenses(texts: Sequence[str] | None) -> tuple[Defense, ...]:
         except UnknownName as error:
             raise UnknownName(f"--defense: {error}") from None
         if kind.kind != "transform":
-            raise ConfigError(f"--defense: {name} wraps no model; it is for robust certify --method {name}")
+            use = f"detect --detector {name}" if kind.kind == "detector" else f"certify --method {name}"
+            raise ConfigError(f"--defense: {name} wraps no model; it is for robust {use}")
         given = parse_settings(rest.split(","), "--defense") if colon else {}
         try:
             found.append(from_mapping(given, kind, f"--defense {name}"))

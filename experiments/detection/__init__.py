@@ -1,0 +1,1 @@
+"""Detectors against PGD, C&W and an attacker who knows them, recorded."""

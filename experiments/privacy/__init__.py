@@ -1,0 +1,1 @@
+"""Accountants compared: the same settings by dp-accounting, by Opacus and in closed form."""
