@@ -67,6 +67,8 @@ class AdversarialPatch(UniversalAttack):
         scouting: the share of the steps that all scouts take together, in [0, 1); 0 only leads away from the true
             classes.
         start: "picture" of a sample of the class that is led to, where there is one, or keyed "noise".
+        restarts: ascents after the scouts, from the next best pictures or other noise; what fools most of the samples
+            is kept.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("patch",)
@@ -80,9 +82,10 @@ class AdversarialPatch(UniversalAttack):
     brightness: float = 0.1
     noise: float = 0.02
     resolution: int = 2
-    step_size: float = 0.2
+    step_size: float = 0.1
     scouting: float = 0.45
     start: Literal["picture", "noise"] = "picture"
+    restarts: int = 1
 
     @classmethod
     def sized(cls, area: float, height: int, width: int, **fields: Any) -> AdversarialPatch:
@@ -117,13 +120,31 @@ class AdversarialPatch(UniversalAttack):
     def learn(self, trial: Trial, mask: Tensor | None = None) -> TrainedPatch:
         """See `UniversalAttack.learn`."""
         self.check_steps()
-        patch = self._start(trial, mask)
-        hasten(trial, self.steps * min(self.batch, len(trial.x)))
+        blank = self._start(trial, mask)
+        hasten(trial, self.restarts * self.steps * min(self.batch, len(trial.x)))
         low, high = trial.bounds
-        patch, first = self._scout(trial, patch)
+        patch, first = self._scout(trial, blank)
         patch = self._climb(trial, patch, (first, self.steps))
+        if self.restarts > 1:
+            patch = self._again(trial, blank, patch, first)
         levels = ((patch.texture.cpu() - low) / (high - low) * _LEVELS).round() / _LEVELS
         return replace(patch, texture=(low + (high - low) * levels).clamp(low, high))
+
+    def _again(self, trial: Trial, blank: TrainedPatch, found: TrainedPatch, first: int) -> TrainedPatch:
+        """The best of the found patch and of those that further ascents towards its class end at."""
+        best = self._fooled(trial, found), found
+        for restart in range(1, self.restarts):
+            start = replace(
+                blank, texture=self._noise(trial, len(blank.texture), restart), towards=found.towards
+            )
+            start = self._likeness(
+                trial, start, found.towards if found.target is None else found.target, restart
+            )
+            patch = self._climb(trial, start, (first, self.steps), restart)
+            rate = self._fooled(trial, patch)
+            if rate > best[0]:
+                best = rate, patch
+        return best[1]
 
     def _scout(self, trial: Trial, patch: TrainedPatch) -> tuple[TrainedPatch, int]:
         """The most promising start with the class that it leads to, and the steps that finding it took."""
@@ -145,20 +166,24 @@ class AdversarialPatch(UniversalAttack):
             ]
         return left[0], first
 
-    def _likeness(self, trial: Trial, patch: TrainedPatch, towards: int | None) -> TrainedPatch:
-        return patch if self.start == "noise" or towards is None else likeness(trial, patch, towards)
+    def _likeness(
+        self, trial: Trial, patch: TrainedPatch, towards: int | None, rank: int = 0
+    ) -> TrainedPatch:
+        return patch if self.start == "noise" or towards is None else likeness(trial, patch, towards, rank)
 
     def _fooled(self, trial: Trial, patch: TrainedPatch) -> float:
-        """The share of the samples that are misclassified with the patch, over some places of each."""
+        """The share of the samples that are led where the patch is to lead, over some places of each."""
         rows, rates = torch.arange(len(trial.x), device=trial.x.device), []
         for place in range(_PLACES):
             seed = derive(trial.seed, "patch/scout", place)
             points = torch.cat([patch.apply(x, seed=seed, index=index) for x, index in _parts(trial)])
             scores = scores_of(trial, where_allowed(trial, rows, points))
-            rates.append(float(misclassified(scores, trial.y).double().mean()))
+            rates.append(float(misclassified(scores, trial.y, trial.targets).double().mean()))
         return sum(rates) / len(rates)
 
-    def _climb(self, trial: Trial, patch: TrainedPatch, steps: tuple[int, int]) -> TrainedPatch:
+    def _climb(
+        self, trial: Trial, patch: TrainedPatch, steps: tuple[int, int], restart: int = 0
+    ) -> TrainedPatch:
         """The patch after the ascent's steps of a range, over which the step size falls, and its history with them."""
         low, high = trial.bounds
         first, last = steps
@@ -168,10 +193,13 @@ class AdversarialPatch(UniversalAttack):
         history = History(self.steps)
         texture = patch.texture.to(trial.x).clone().requires_grad_(True)
         adam = torch.optim.Adam([texture])
-        span = first / self.steps, last / self.steps
-        for step, rows in batches(trial, self.batch, last - first, among, span):
+        # Every restart takes draws of its own.
+        span = restart + first / self.steps, restart + last / self.steps
+        work = (span[0] / self.restarts, span[1] / self.restarts)
+        for step, rows in batches(trial, self.batch, last - first, among, work):
             adam.param_groups[0]["lr"] = self.step_size * (high - low) * falling(step, last - first)
-            texture.grad = -self._gradient(trial, patch, texture, first + step, rows, history)
+            at = restart * self.steps + first + step
+            texture.grad = -self._gradient(trial, patch, texture, at, rows, history)
             adam.step()
             with torch.no_grad():
                 texture.clamp_(low, high)
@@ -206,6 +234,8 @@ class AdversarialPatch(UniversalAttack):
             )
         if not 0 <= self.scouting < 1:
             raise RobustError(f"scouting={self.scouting:g}: the scouts take a share of the steps in [0, 1)")
+        if self.restarts < 1:
+            raise RobustError(f"restarts={self.restarts}: at least 1")
         assert isinstance(self.threat, Patch)
         if trial.x.dim() != 4:
             raise DataError(f"patch needs images (N, C, H, W); x is {tuple(trial.x.shape)}")
@@ -217,11 +247,6 @@ class AdversarialPatch(UniversalAttack):
             tuple(mask.shape) != sides or not bool(((mask >= 0) & (mask <= 1)).all()) or not bool(mask.any())
         ):
             raise DataError(f"mask is {tuple(mask.shape)}; it must be {sides}, in [0, 1] and not empty")
-        low, high = trial.bounds
-        noise = Draws(trial.seed, "patch/start", torch.zeros(1, dtype=torch.long)).uniform(channels, *sides)[
-            0
-        ]
-        noise = noise.repeat_interleave(self.resolution, 1).repeat_interleave(self.resolution, 2)
         classes = [] if trial.targets is None else trial.targets.unique().tolist()
         if mask is None:
             # A square's edge is straight at any resolution; a disc's is not.
@@ -229,7 +254,7 @@ class AdversarialPatch(UniversalAttack):
             mask = shape_mask(self.shape, finer * sides[0], finer * sides[1])
         mask = mask.detach().cpu().float()
         return TrainedPatch(
-            texture=low + (high - low) * noise,
+            texture=self._noise(trial, channels),
             mask=mask,
             sides=None if self.share is None else full_size(self.share, mask, sides, (height, width)),
             image=(height, width),
@@ -238,6 +263,16 @@ class AdversarialPatch(UniversalAttack):
             brightness=self.brightness,
             noise=self.noise,
             target=classes[0] if len(classes) == 1 else None,
+        )
+
+    def _noise(self, trial: Trial, channels: int, restart: int = 0) -> Tensor:
+        """A picture of keyed noise, a draw per pixel at scale 1."""
+        assert isinstance(self.threat, Patch)
+        low, high = trial.bounds
+        draws = Draws(trial.seed, "patch/start", torch.zeros(1, dtype=torch.long), restart)
+        (noise,) = draws.uniform(channels, self.threat.height, self.threat.width)
+        return low + (high - low) * noise.repeat_interleave(self.resolution, 1).repeat_interleave(
+            self.resolution, 2
         )
 
 

@@ -18,8 +18,10 @@ from robust.rng import derive
 _ROUNDS = ((48, 32), (12, 256))  # how many pictures are tried on how many samples of other classes
 
 
-def likeness(trial: Trial, patch: TrainedPatch, towards: int) -> TrainedPatch:
+def likeness(trial: Trial, patch: TrainedPatch, towards: int, rank: int = 0) -> TrainedPatch:
     """The patch with a sample's picture in it: the one of class `towards` that, as it is, fools the most samples.
+
+    With `rank` it is the next best one, and so on, and the first again after the last.
 
     Nature's own features of a class are read as that class at many scales and angles, and an ascent that starts from
     them keeps some of that; one from noise ends lower. Which picture is surest of its class, or raises the class most,
@@ -39,7 +41,7 @@ def likeness(trial: Trial, patch: TrainedPatch, towards: int) -> TrainedPatch:
         pictures = pictures[:kept]
         rates = [_fooled(trial, replace(patch, texture=one), others[:samples], seed) for one in pictures]
         pictures = pictures[torch.tensor(rates).argsort(descending=True, stable=True).to(pictures.device)]
-    return replace(patch, texture=pictures[0])
+    return replace(patch, texture=pictures[rank % len(pictures)])
 
 
 def _fooled(trial: Trial, patch: TrainedPatch, rows: Tensor, seed: int) -> float:
