@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robust.checkpoint import prepare_folder
+from robust.claim import claimed
 from robust.classifier import Classifier
 from robust.errors import RunError
 from robust.optimise import Settings, make_settings
@@ -98,7 +99,8 @@ def fit(
     training = Training(given, *load_samples(data), settings, loss, augment, Watch(valid, keep), group)
     if tensorboard and out is None:
         raise RunError("tensorboard=True has nowhere to write to; give out, the run folder")
-    folder = None if out is None else prepare_folder(out, resume or not group.writes)
-    training.run(folder, checkpoint_seconds, progress, tensorboard)
-    found, place = training.summary(folder, record or {}), training.place
+    with claimed(out if group.writes else None):
+        folder = None if out is None else prepare_folder(out, resume or not group.writes)
+        training.run(folder, checkpoint_seconds, progress, tensorboard)
+        found, place = training.summary(folder, record or {}), training.place
     return FitResult(given, place.history, place.seconds, settings, found, folder)
