@@ -54,7 +54,11 @@ def prepare_folder(out: str | Path, resume: bool) -> Path:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, secret: bool = False
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    secret: bool = False,
 ) -> None:
     """Write a safetensors file that is either whole or absent: a temporary file, flushed to disk, then renamed.
 

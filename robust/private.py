@@ -161,7 +161,5 @@ class PrivateTraining(Training):
     def extras(self) -> dict[str, Any]:
         """See `Training`: what was spent."""
         found = self.walk.summary()
-        line = (
-            f"stopped after {self.place.step} of {self.steps} steps: the next one would exceed the privacy budget"
-        )
+        line = f"stopped after {self.place.step} of {self.steps} steps: the next one would exceed the privacy budget"
         return {"privacy": found, "warnings": [line] if self.place.step < self.steps else []}

@@ -25,7 +25,9 @@ Epsilon = Annotated[
     str | None,
     _option("--dp-epsilon", "EPSILON", "The budget to keep, such as 3; the noise for it is found."),
 ]
-Delta = Annotated[str | None, _option("--dp-delta", "DELTA", "A probability below 1 / samples, such as 1e-5.")]
+Delta = Annotated[
+    str | None, _option("--dp-delta", "DELTA", "A probability below 1 / samples, such as 1e-5.")
+]
 Noise = Annotated[
     str | None,
     _option(
@@ -82,10 +84,10 @@ def make_privacy(given: Privacy | None, chosen: dict[str, str | int | bool | Non
     from robust.privacy import Privacy
 
     numbers = ("epsilon", "delta", "noise_multiplier", "max_grad_norm")
-    asked = {key: value for key, value in chosen.items() if value not in (None, False)}
+    asked: dict[str, Any] = {key: value for key, value in chosen.items() if value not in (None, False)}
     if not asked:
         return given
-    asked |= {key: number(str(value)) for key, value in asked.items() if key in numbers}
+    asked |= {key: number(value) for key, value in asked.items() if key in numbers}
     table = {**({} if given is None else asdict(given)), **asked}
     return from_mapping({key: value for key, value in table.items() if value is not None}, Privacy, "privacy")
 

@@ -252,7 +252,9 @@ def _show(
     if plan.privacy is None:
         rows += [("loss", f"{result.history[-1]['loss']:.4f} in epoch {len(result.history)}")]
     if found["clean_accuracy"] is None:
-        rows += [("clean accuracy", "not measured: there are training samples only, and no noise would cover it")]
+        rows += [
+            ("clean accuracy", "not measured: there are training samples only, and no noise would cover it")
+        ]
     else:
         rows += [("clean accuracy", f"{options.percent(found['clean_accuracy'])}   on {where}")]
     if how := found.get("pgd"):

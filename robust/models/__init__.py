@@ -40,9 +40,8 @@ DEPLOYED = Registry(
     },
 )
 
-FORMS = (
-    "zoo:NAME, torchvision:NAME, FILE.py:FACTORY, groupnorm:MODEL, exported:FILE.pt2, onnx:FILE or an http(s) address"
-)
+_NAMED = "zoo:NAME, torchvision:NAME, FILE.py:FACTORY, groupnorm:MODEL, exported:FILE.pt2"
+FORMS = f"{_NAMED}, onnx:FILE or an http(s) address"
 
 __all__ = ["DEPLOYED", "REGISTRY", "get", "is_deployed", "load_classifier", "load_model"]
 
