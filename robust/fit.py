@@ -21,6 +21,8 @@ from robust.classifier import Classifier
 from robust.errors import RunError
 from robust.optimise import Settings, make_settings
 from robust.parallel import join_group
+from robust.privacy import Privacy
+from robust.private import PrivateTraining
 from robust.recipe import Loss, Recipe
 from robust.samples import load_samples
 from robust.trainer import Augmentation, Progress, Training, Validation, Watch
@@ -64,6 +66,7 @@ def fit(
     checkpoint_seconds: float = 30.0,
     progress: Callable[[Progress], None] | None = None,
     tensorboard: bool = False,
+    privacy: Privacy | None = None,
     record: Mapping[str, Any] | None = None,
     **walk: Any,
 ) -> FitResult:
@@ -85,18 +88,22 @@ def fit(
         checkpoint_seconds: time between two checkpoints.
         progress: called after every step.
         tensorboard: write the history as scalars to `out`/tensorboard.
+        privacy: train with differential privacy. `loss` must then be a mean over samples, `model` be without batch
+            normalisation, and `valid` and `keep` look at public data only: what they tell is not counted.
         record: what `train.json` should say besides, for example the configuration of the run.
         walk: the fields of `robust.optimise.Settings`: `epochs`, which must be given, `batch_size`, `lr`, `optimizer`,
             `schedule`, `ema`, `seed`, `precision`, …
 
     Raises:
-        ConfigError: a field of the walk is unknown, or its value makes no sense.
+        ConfigError: a field of the walk is unknown, its value makes no sense, or it cannot be combined with `privacy`.
+        ModelError: the model cannot be trained on such data, or not with `privacy`.
         RunError: the loss became NaN or infinite, or `out` cannot be written or resumed.
     """
     settings = make_settings(walk)
     given = model if isinstance(model, Classifier) else Classifier(model, device=device)
     group = join_group()
-    training = Training(given, *load_samples(data), settings, loss, augment, Watch(valid, keep), group)
+    parts = (given, *load_samples(data), settings, loss, augment, Watch(valid, keep), group)
+    training = Training(*parts) if privacy is None else PrivateTraining(*parts, privacy)
     if tensorboard and out is None:
         raise RunError("tensorboard=True has nowhere to write to; give out, the run folder")
     with claimed(out if group.writes else None):

@@ -23,6 +23,8 @@ ARCHITECTURES = {
     "resnet44": "robust.zoo.resnet_cifar:resnet44",
     "resnet56": "robust.zoo.resnet_cifar:resnet56",
     "resnet110": "robust.zoo.resnet_cifar:resnet110",
+    "tanh-cifar10": "robust.zoo.tanhnet:tanh_cifar10",
+    "tanh-mnist": "robust.zoo.tanhnet:tanh_mnist",
 }
 REGISTRY = Registry("model", ARCHITECTURES)
 get = REGISTRY.load

@@ -15,7 +15,7 @@ from robust.errors import ModelError, UnknownName
 from robust.models import load_model
 from robust.zoo.resnet_cifar import CifarResNet, Shortcut
 
-SHAPES = {"lenet5": (1, 28, 28), "digits": (1, 8, 8), "convnet-grey": (1, 28, 28)}
+SHAPES = {"lenet5": (1, 28, 28), "digits": (1, 8, 8), "convnet-grey": (1, 28, 28), "tanh-mnist": (1, 28, 28)}
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
