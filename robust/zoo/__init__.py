@@ -89,6 +89,15 @@ ENTRIES = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
     ),
+    "cifar10-gaussian": Entry(
+        architecture="resnet20",
+        weights="cifar10-gaussian.safetensors",
+        data="cifar10",
+        recipe="experiments/train/cifar10-gaussian.toml",
+        card="Training under Gaussian noise of sigma 0.25 (Cohen et al. 2019) on CIFAR-10, for randomised smoothing",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
     "mnist-at": Entry(
         architecture="lenet5",
         weights="mnist-at.safetensors",
