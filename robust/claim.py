@@ -18,20 +18,20 @@ R = TypeVar("R")
 
 @contextmanager
 def claimed(folder: str | Path | None) -> Iterator[None]:
-    """Keeps everybody else out of `folder` while the body runs; it is made, and removed again if it stays empty.
+    """Keeps everybody else out of `folder` while the body runs.
 
-    The lock lies on the folder itself and leaves no file; it ends with the process, however that ends. Where folders
-    cannot be locked (Windows, some network file systems) nobody is kept out, and a folder that cannot be made is left
-    to the body to complain about.
+    The folder is made, with those above it, and what stays empty of them is removed again. The lock lies on the folder
+    itself and leaves no file; it ends with the process, however that ends. Where folders cannot be locked (Windows,
+    some network file systems) nobody is kept out, and a folder that cannot be made is left to the body to complain about.
 
     Raises:
         RunError: somebody else, in this process or another, is at work in it.
     """
-    descriptor, made = -1, False
+    descriptor, made = -1, list[Path]()
     if folder is not None:
         path = Path(folder)
         with suppress(OSError):
-            made = not path.exists()
+            made = [place for place in (path, *path.parents) if not place.exists()]
             path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -41,9 +41,9 @@ def claimed(folder: str | Path | None) -> Iterator[None]:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
-        if made:
-            with suppress(OSError):
-                Path(str(folder)).rmdir()
+        with suppress(OSError):
+            for place in made:  # upwards, until one holds something
+                place.rmdir()
 
 
 def claiming(call: Callable[P, R]) -> Callable[P, R]:

@@ -81,7 +81,7 @@ def test_a_claim_ends_with_its_body_however_that_ends_and_leaves_nothing(tmp_pat
 
     with pytest.raises(ValueError, match="ours"):
         fails()
-    assert not folder.exists()
+    assert list(tmp_path.iterdir()) == []
     with claimed(folder):
         (folder / "kept").touch()
     with claimed(folder), claimed(tmp_path), claimed(None):
