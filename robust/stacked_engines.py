@@ -3,9 +3,9 @@
 `Loop` trains one model by itself. `Stack` trains all models of its chunk in one pass (`torch.func.functional_call` over
 stacked parameters, `vmap` over models); ragged batches are padded, and padded rows weigh nothing.
 
-Both step with the optimizers of `robust.optimise`. In a stack every model has its own learning rate: the updates of SGD,
-Adam and AdamW are proportional to it, so the optimizer takes a step of rate 1 from the present weights, of which each
-model goes the part that its own rate says; a model that has taken all its steps goes none of it.
+Both step with the optimizers of `robust.optimise`. In a stack every model has its own learning rate: the updates of
+SGD, Adam and AdamW are proportional to it, so the optimizer takes a step of rate 1 from the present weights, of which
+each model goes the part that its own rate says; a model that has taken all its steps goes none of it.
 """
 
 from __future__ import annotations

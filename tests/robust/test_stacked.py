@@ -194,14 +194,14 @@ def test_another_training_s_folder_is_refused(tmp_path: Path) -> None:
     fit_stacked(net(), samples(), rows, out=tmp_path / "a", **WALK)
     with pytest.raises(RunError, match="already holds models"):
         fit_stacked(net(), samples(), rows, out=tmp_path / "a", **WALK)
-    with pytest.raises(RunError, match="lr=0.05, not 0.1"):
+    with pytest.raises(RunError, match=r"lr=0\.05, not 0\.1"):
         fit_stacked(net(), samples(), rows, out=tmp_path / "a", resume=True, **WALK | {"lr": 0.1})
     with pytest.raises(RunError, match="other rows"):
         fit_stacked(net(), samples(), rows[::-1], out=tmp_path / "a", resume=True, **WALK)
 
 
 def test_classifiers_share_box_and_normalisation_and_learn() -> None:
-    x, y = samples()
+    x, _ = samples()
     bright = (x.float().mean((1, 2, 3)) / 43).long().clamp(0, 2)
     template = Classifier(net(), mean=0.5, std=0.25)
     found = fit_stacked(template, (x, bright), parts(60, 60), **WALK | {"epochs": 8})
