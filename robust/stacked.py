@@ -192,6 +192,13 @@ def fit_stacked(
     )
 
 
+def require_supported(settings: Settings) -> None:
+    """Raises one line for a setting that only `robust.fit` has."""
+    for name, usual in _UNSUPPORTED.items():
+        if getattr(settings, name) != usual:
+            raise ConfigError(f"{name}={getattr(settings, name)} is for robust.fit; leave it out here")
+
+
 def _check(
     settings: Settings,
     engine: str,
@@ -201,9 +208,7 @@ def _check(
     steps: Sequence[int] | None,
     keys: Sequence[int] | None,
 ) -> None:
-    for name, usual in _UNSUPPORTED.items():
-        if getattr(settings, name) != usual:
-            raise ConfigError(f"{name}={getattr(settings, name)} is for robust.fit; leave it out here")
+    require_supported(settings)
     if engine not in ENGINES:
         raise ConfigError(f"engine={engine!r} is unknown; use 'auto', 'vmap' or 'loop'")
     if chunk < 1:
