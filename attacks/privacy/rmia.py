@@ -53,7 +53,9 @@ class RMIA(ReferenceAttack):
 
     Attributes:
         mode: "offline": models without the sample only; "online": with it too.
-        gamma: what a ratio has to exceed another by, at least 1.
+        gamma: what a ratio has to exceed another by, at least 1. Over a given population the score grows with the
+            sample's own ratio, so that gamma decides about ties only; 1, where the paper has 2, leaves the fewest: on a
+            model that is hardly sure of anything no ratio is twice another.
         a: offline: how Pr(x) of models with the sample follows from those without; None: the one that attacks the
             reference models best, where there are four or more, else 0.3.
         signal: Pr(x|θ): "softmax", or "taylor", the paper's soft-margin Taylor softmax.
@@ -63,7 +65,7 @@ class RMIA(ReferenceAttack):
     """
 
     mode: Literal["offline", "online"] = "offline"
-    gamma: float = 2.0
+    gamma: float = 1.0
     a: float | None = None
     signal: Literal["softmax", "taylor"] = "softmax"
     queries: int = 1

@@ -169,7 +169,7 @@ def test_rmia_takes_a_population_of_its_own() -> None:
     )
     z = torch.stack([probability(m.logits(all_x[N:]), all_y[N:]) for m in references.models])
     others = probability(target.logits(all_x[N:]), all_y[N:]) / ((1.4 * z.mean(0) + 0.6) / 2)
-    assert torch.allclose(found, (ratio[:, None] / others[None] >= 2.0).double().mean(1))
+    assert torch.allclose(found, (ratio[:, None] / others[None] >= 1.0).double().mean(1))
     assert roc(found[~members].numpy(), found[members].numpy()).interval[0] > 0.5
 
 
