@@ -16,7 +16,7 @@ from robust.report import clopper_pearson
 from robust.roc import ROC, roc
 
 RATES = (0.001, 0.01)  # of false positives, in the table
-LEVEL = 0.05  # below it a result is no chance
+LEVEL = 0.0125  # of each rate: with the 2.5 % of the area's lower end, 5 % for all three numbers
 
 
 def measure(scores: Tensor, members: Tensor) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def measure(scores: Tensor, members: Tensor) -> dict[str, Any]:
         exact 95 % interval (Clopper-Pearson, for the threshold as it stands), the rate of false positives that it
         really has, and ``chance``, the exact probability of as many true positives if members and others were scored
         alike; ``balanced_accuracy`` at the threshold that is best on these very samples, which flatters a little;
-        ``at_chance``: whether nothing of it differs from chance at 5 %; ``curve``.
+        ``at_chance``: whether none of area and rates is above chance, at 5 % for all together; ``curve``.
 
     Raises:
         DataError: there are no members or no others.

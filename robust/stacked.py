@@ -46,7 +46,7 @@ from robust.stacked_engines import (
     SampleLoss,
     Stack,
     Stream,
-    draws_random_numbers,
+    examine,
     require_finite,
     unstackable,
 )
@@ -144,7 +144,7 @@ def fit_stacked(
     """Train a model for every entry of `rows`; the template itself is left as it is.
 
     Args:
-        model: the template: a module that returns logits, or a `Classifier` (which knows box and normalisation).
+        model: the template, a module that returns logits or a `Classifier` (which knows box and normalisation).
         data: what the models share: a `Data`, or x (N, ...) in the box or as bytes, and y (N,) labels.
         rows: of every model its samples, (n_k,) numbers of `data`; a row may be in several models.
         loss: ``loss(logits, y)``, the loss (B,) of every sample.
@@ -173,23 +173,35 @@ def fit_stacked(
     clf = model if isinstance(model, Classifier) else Classifier(model, device=device)
     x, y = load_samples(data)
     _check(settings, engine, chunk, rows, len(x), steps, keys)
+    job = _job(clf, (x, y), rows, settings, (loss, augment), first, steps, keys)
+    chosen = _choose(job, engine)
+    shelf = Shelf(None if out is None else prepare_folder(out, True), _identity(job, x, y), resume)
+    Run(job, shelf, chosen, 1 if chosen == "loop" else chunk, checkpoint_seconds, progress).train()
+    found = [shelf.take(stream) for stream in job.streams]
+    return Stacked(
+        clf, [kept.state for kept in found], [kept.losses for kept in found], shelf.seconds(), chosen
+    )
+
+
+def _job(
+    clf: Classifier,
+    samples: tuple[Tensor, Tensor],
+    rows: Sequence[Tensor],
+    settings: Settings,
+    how: tuple[SampleLoss, Augmentation | None],
+    first: First,
+    steps: Sequence[int] | None,
+    keys: Sequence[int] | None,
+) -> Job:
+    """What `fit_stacked` was told, on the model's device."""
+    x, y = (part.to(clf.device) for part in samples)
     names = list(range(len(rows))) if keys is None else [int(key) for key in keys]
     streams = [
         Stream(settings, part.long().to(clf.device), names[k], None if steps is None else int(steps[k]))
         for k, part in enumerate(rows)
     ]
-    own = _first(clf, first, names)
-    draws = draws_random_numbers(clf, x[rows[0][:2].cpu()].to(clf.device))
-    job = Job(clf, x.to(clf.device), y.to(clf.device), settings, loss, augment, streams, own, draws)
-    chosen = _choose(job, engine)
-    folder = None if out is None else prepare_folder(out, True)
-    shelf = Shelf(folder, _identity(job, x, y), resume)
-    run = Run(job, shelf, chosen, 1 if chosen == "loop" else chunk, checkpoint_seconds, progress)
-    run.train()
-    found = [shelf.take(stream) for stream in streams]
-    return Stacked(
-        clf, [kept.state for kept in found], [kept.losses for kept in found], shelf.seconds(), chosen
-    )
+    draws = examine(clf, x[streams[0].rows[:2]], y)
+    return Job(clf, x, y, settings, *how, streams, _first(clf, first, names), draws)
 
 
 def require_supported(settings: Settings) -> None:
@@ -272,6 +284,7 @@ class Run:
     ) -> None:
         self.job, self.shelf, self.engine, self.checkpoint_seconds = job, shelf, engine, seconds
         self.progress, self.lock, self.stop = progress, threading.Lock(), threading.Event()
+        self.building = threading.Lock()
         left = [k for k, stream in enumerate(job.streams) if not shelf.holds(stream)]
         self.chunks = [left[i : i + chunk] for i in range(0, len(left), chunk)]
         self.total = sum(stream.steps for stream in job.streams)
@@ -304,7 +317,8 @@ class Run:
         if alone:
             torch.set_num_threads(1)
         streams = [self.job.streams[k] for k in numbers]
-        team: Loop | Stack = (Loop if self.engine == "loop" else Stack)(self.job, numbers)
+        with self.building:  # first weights may come from torch's global generator, which all threads share
+            team: Loop | Stack = (Loop if self.engine == "loop" else Stack)(self.job, numbers)
         kept = self.shelf.load(streams)
         start, spent = 0, 0.0
         if kept is not None:

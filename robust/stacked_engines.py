@@ -21,7 +21,7 @@ from torch.func import functional_call, vmap
 
 from robust.checkpoint import below, named
 from robust.classifier import Classifier
-from robust.errors import ModelError, RunError, first_line
+from robust.errors import DataError, ModelError, RunError, first_line
 from robust.optimise import Settings, load_state_tensors, make_optimizer, state_tensors
 from robust.rng import derive
 from robust.samples import in_box
@@ -188,11 +188,11 @@ class Stack:
         self.skeleton = copy.deepcopy(job.clf.module).train().to("meta")
         firsts = [job.first(k) for k in numbers]
         place = job.clf.device
-
         unsaved = dict(job.clf.module.named_buffers())
 
         def stacked(name: str) -> Tensor:
-            return torch.stack([first.get(name, unsaved.get(name)).detach() for first in firsts]).to(place)
+            parts = [first[name] if name in first else unsaved[name] for first in firsts]
+            return torch.stack([part.detach() for part in parts]).to(place)
 
         self.buffers = {name: stacked(name) for name, _ in self.skeleton.named_buffers()}
         self.weights = {
@@ -216,6 +216,10 @@ class Stack:
         self.optimizer.zero_grad(set_to_none=True)
         try:
             values = vmap(self._loss, randomness="error")(self.weights, self.buffers, x, y, weight)
+        except torch.OutOfMemoryError:
+            raise RunError(
+                f"{len(self.numbers)} models at a time take more memory than there is; lower chunk"
+            ) from None
         except RuntimeError as error:
             raise ModelError(
                 f"{self.job.clf.name} cannot be stacked ({first_line(error)}); use engine='loop'"
@@ -246,7 +250,12 @@ class Stack:
         return rows, weight
 
     def _loss(
-        self, weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor, weight: Tensor
+        self,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
     ) -> Tensor:
         with self.job.autocast():
             logits = functional_call(self.skeleton, {**weights, **buffers}, (x,))
@@ -310,18 +319,31 @@ def unstackable(job: Job, streams: Sequence[Stream]) -> str | None:
     return None
 
 
-def draws_random_numbers(clf: Classifier, x: Tensor) -> bool:
+def examine(clf: Classifier, x: Tensor, y: Tensor) -> bool:
     """Whether a forward of the module in training mode draws from torch's generators.
 
     Args:
-        x: (2 or more, C, H, W) in the box, or bytes.
+        x: (2 or more, ...) in the box, or bytes. y: (N,) all labels.
+
+    Raises:
+        ModelError, DataError: the module does not take such inputs, or has no output for a label, in one line.
     """
     module = copy.deepcopy(clf.module).train()
     devices = [clf.device] if clf.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         before = _generators(clf.device)
-        module(clf.normalise(in_box(x)))
-        return any(not torch.equal(a, b) for a, b in zip(before, _generators(clf.device), strict=True))
+        try:
+            logits = module(clf.normalise(in_box(x)))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ModelError(
+                f"{clf.name} fails on inputs of shape {tuple(x.shape)}: {first_line(error)}"
+            ) from error
+        after = _generators(clf.device)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ModelError(f"{clf.name} returns no logits (N, classes); stacked training needs a classifier")
+    if int(y.max()) >= logits.shape[1]:
+        raise DataError(f"a label is {int(y.max())}, but {clf.name} has {logits.shape[1]} classes")
+    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def _generators(device: torch.device) -> list[Tensor]:

@@ -36,6 +36,13 @@ def net(*, norm: bool = False, dropout: float = 0.0) -> nn.Module:
         return nn.Sequential(*layers, nn.Linear(36, 3))
 
 
+def fresh() -> nn.Module:
+    """The same with weights from torch's global generator."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+    )
+
+
 def samples(n: int = 60) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 256, (n, 1, 6, 6), generator=generator, dtype=torch.uint8)
@@ -99,7 +106,7 @@ def test_the_engines_agree_on_ragged_data_augmentation_and_steps(optimizer: str,
 @pytest.mark.parametrize("engine", ["vmap", "loop"])
 def test_a_model_does_not_depend_on_its_company_or_the_chunks(engine: Any) -> None:
     rows = parts(24, 17, 30)
-    first = first_states(net, 0)
+    first = first_states(fresh, 0)
     all_three = fit_stacked(net(), samples(), rows, engine=engine, first=first, **WALK)
     by_two = fit_stacked(net(), samples(), rows, engine=engine, first=first, chunk=2, **WALK)
     alone = fit_stacked(net(), samples(), rows[2:], engine=engine, first=first, keys=[2], **WALK)
@@ -114,11 +121,13 @@ def test_several_threads_train_the_same_bits_as_one() -> None:
         found = []
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(fit_stacked(net(), samples(), parts(24, 17, 30, 9), engine="loop", **WALK))
+            rows, first = parts(24, 17, 30, 9, 24, 17), first_states(fresh, 0)
+            found.append(fit_stacked(net(), samples(), rows, engine="loop", first=first, **WALK))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
     assert max(furthest(a, b) for a, b in zip(found[0].states, found[1].states, strict=True)) == 0
+    assert furthest(found[0].states[0], found[0].states[4]) > 1e-3
 
 
 def test_batch_normalisation_keeps_statistics_of_each_model() -> None:
@@ -226,12 +235,17 @@ def test_classifiers_share_box_and_normalisation_and_learn() -> None:
         ({"rows": [torch.tensor([60])]}, "model 0 has the row 60 of 60 samples"),
         ({"rows": [torch.zeros(0, dtype=torch.int64)]}, "the rows of model 0 are"),
         ({"lr": 1e30}, "became NaN or infinite; lower the learning rate"),
+        ({"model": nn.Linear(5, 3)}, "Linear fails on inputs of shape"),
+        (
+            {"model": nn.Sequential(nn.Flatten(), nn.Linear(36, 2))},
+            "a label is 2, but Sequential has 2 classes",
+        ),
         ({"epoch": 3}, "unknown setting 'epoch'; did you mean epochs"),
     ],
 )
 def test_bad_input_is_one_line(change: dict[str, Any], line: str) -> None:
     given: dict[str, Any] = {"rows": parts(9, 8), **WALK} | change
     with pytest.raises(RobustError, match=line) as caught:
-        fit_stacked(net(), samples(), given.pop("rows"), **given)
+        fit_stacked(given.pop("model", net()), samples(), given.pop("rows"), **given)
     assert "\n" not in str(caught.value)
-    assert isinstance(caught.value, (ConfigError, DataError, RunError))
+    assert isinstance(caught.value, (ConfigError, DataError, ModelError, RunError))
