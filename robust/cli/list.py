@@ -97,6 +97,14 @@ def _row(registry: Registry, name: str) -> dict[str, Any]:
         row |= {"paper": _papers(row["card"]), "cost": _cost_class(item.passes())}
     if hasattr(item, "gradients"):
         row |= {"paper": _papers(row["card"]), "gradients": item.gradients()}
+    if hasattr(item, "sees"):
+        models = item().needs()
+        row |= {
+            "kind": item.kind,
+            "sees": item.sees,
+            "reference models": f"{models} or more" if models else "none",
+        }
+        row |= {"paper": _papers(row["card"])}
     if hasattr(item, "unprivate"):
         row |= {"private": "no" if item.unprivate() else "yes"}
     return row
