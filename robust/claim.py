@@ -22,7 +22,8 @@ def claimed(folder: str | Path | None) -> Iterator[None]:
 
     The folder is made, with those above it, and what stays empty of them is removed again. The lock lies on the folder
     itself and leaves no file; it ends with the process, however that ends. Where folders cannot be locked (Windows,
-    some network file systems) nobody is kept out, and a folder that cannot be made is left to the body to complain about.
+    some network file systems) nobody is kept out, and a folder that cannot be made is left to the body to complain
+    about.
 
     Raises:
         RunError: somebody else, in this process or another, is at work in it.
