@@ -54,19 +54,31 @@ def prepare_folder(out: str | Path, resume: bool) -> Path:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    secret: bool = False,
 ) -> None:
-    """Write a safetensors file that is either whole or absent: a temporary file, flushed to disk, then renamed."""
+    """Write a safetensors file that is either whole or absent: a temporary file, flushed to disk, then renamed.
+
+    A `secret` one is for its owner's eyes only.
+    """
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_atomic(path, save(copies, metadata=dict(metadata or {"format": "pt"})))
+    write_atomic(path, save(copies, metadata=dict(metadata or {"format": "pt"})), secret=secret)
 
 
 def save_checkpoint(
-    folder: Path, place: Place, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    folder: Path,
+    place: Place,
+    identity: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    secret: bool = False,
 ) -> None:
     """The tensors that the next step depends on, the place, and the `identity` of the training they belong to."""
     header = {"place": json.dumps(vars(place)), "identity": json.dumps(identity, sort_keys=True)}
-    write_tensors(folder / CHECKPOINT, tensors, header)
+    write_tensors(folder / CHECKPOINT, tensors, header, secret=secret)
 
 
 def load_checkpoint(

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from robust.checkpoint import write_tensors
 from robust.classifier import Classifier
 from robust.detector import RECORD as DETECTOR
 from robust.detector import Fitted, load_detector
-from robust.digest import file_digest, read_json, write_atomic, write_json
-from robust.errors import RunError
-
-PLAN, SECONDS = "plan.json", "seconds.json"
+from robust.part_store import PartStore
 
 
-class Store:
-    """The parts of one run, in a folder or nowhere.
-
-    Args:
-        out: the folder; None keeps parts in memory only.
-        identity: what the run is about. resume: whether the folder may hold a part of it already.
-        attacks: settings by name; those of a run to resume may be fewer, but no others.
-
-    Raises:
-        RunError: the folder holds something and `resume` is not given, or something else.
-    """
+class Store(PartStore):
+    """The parts of one run, in a folder or nowhere; see `robust.part_store.PartStore`."""
 
     def __init__(
         self,
@@ -38,42 +22,7 @@ class Store:
         resume: bool,
         attacks: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        self.out, self._memory, self._spent = out, dict[str, dict[str, Tensor]](), 0.0
-        if out is None:
-            return
-        if out.exists() and any(out.iterdir()):
-            if not resume:
-                raise RunError(
-                    f"{out} already holds something; add --resume to go on, or choose another --out"
-                )
-            before = read_json(out / PLAN)
-            _compare(before, identity, "")
-            kept = before.get("attacks", {})
-            _compare({**attacks, **kept}, attacks, "the attack ")
-            attacks = {**kept, **attacks}
-        for name in ("points", "scores", "detectors"):
-            (out / name).mkdir(parents=True, exist_ok=True)
-        write_json(out / PLAN, {**identity, "attacks": {name: dict(told) for name, told in attacks.items()}})
-        if (out / SECONDS).exists():
-            self._spent = float(read_json(out / SECONDS)["seconds"])
-
-    def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A part: the one that is kept, or else what `make` makes."""
-        if name in self._memory:
-            return self._memory[name]
-        place = None if self.out is None else self.out / f"{name}.safetensors"
-        if place is not None and place.exists():
-            from safetensors.torch import load_file
-
-            return load_file(place)
-        begun = time.perf_counter()
-        found = make()
-        if place is None:
-            self._memory[name] = found
-        else:
-            write_tensors(place, found)
-            self._note(time.perf_counter() - begun)
-        return found
+        super().__init__(out, identity, resume, attacks, ("points", "scores", "detectors"))
 
     def detector(self, name: str, clf: Classifier) -> Fitted | None:
         """The fitted detector that is kept under a name, or None."""
@@ -89,31 +38,4 @@ class Store:
             for part in (self.out / folder).glob(f"{name}--*"):
                 part.unlink()
         fitted.save(self.out / "detectors" / name)
-        self._note(seconds)
-
-    def seconds(self, now: float) -> float:
-        """What the run took in all its sessions, of which this one took `now`."""
-        return now if self.out is None else self._spent
-
-    def _note(self, seconds: float) -> None:
-        assert self.out is not None
-        self._spent += seconds
-        write_json(self.out / SECONDS, {"seconds": self._spent})
-
-    def finish(self, name: str, found: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        """Writes the record, files beside it, and the hashes of all of them."""
-        assert self.out is not None
-        write_json(self.out / name, found)
-        for other, content in files.items():
-            write_atomic(self.out / other, content)
-        write_json(
-            self.out / "digests.json", {key: file_digest(self.out / key) for key in (name, *files, PLAN)}
-        )
-
-
-def _compare(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    for key, value in now.items():
-        if before.get(key) != value:
-            raise RunError(
-                f"the run to resume has {what}{key}={before.get(key)}, and this one {value}; choose another --out"
-            )
+        self.note(seconds)

@@ -85,7 +85,7 @@ class Settings:
         )
         _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "in (0, 1), or none")
 
-    def learning_rate(self, step: int, per_epoch: int) -> float:
+    def learning_rate(self, step: int, per_epoch: float) -> float:
         """The learning rate of step number `step` (from 0), with `per_epoch` steps in an epoch."""
         rising = self.warmup * per_epoch
         if step < rising:

@@ -32,7 +32,12 @@ class ROC:
 
     def tpr_at(self, fpr: float) -> float:
         """The largest part of adversarial inputs that is flagged while at most `fpr` of the clean ones are."""
-        return float(self.tpr[self.fpr <= fpr + 1e-12].max())
+        return self.point_at(fpr)[1]
+
+    def point_at(self, fpr: float) -> tuple[float, float]:
+        """The corner (false, true) of the curve farthest up while the false-positive rate is at most `fpr`."""
+        place = int((self.fpr <= fpr + 1e-12).sum()) - 1
+        return float(self.fpr[place]), float(self.tpr[place])
 
     def thinned(self, points: int = 200) -> list[list[float]]:
         """The curve's corners, or as many of them as tell it well: all of the left tenth first, as pairs for JSON."""

@@ -15,7 +15,7 @@ import typer
 from robust.cli import options
 from robust.cli.interrupt import resumable
 from robust.cli.progress import Meter
-from robust.cli.settings import parse_settings
+from robust.cli.settings import parted, spread
 from robust.errors import ConfigError, RobustError, UnknownName
 from robust.registry import room, unknown
 
@@ -163,8 +163,8 @@ def make_detectors(texts: Sequence[str], eps: float | None) -> dict[str, Any]:
     from robust.config import from_mapping
 
     registry, found = room("defenses"), dict[str, Any]()
-    for text in _spread(texts):
-        name, given = _parted(text, "--detector")
+    for text in spread(texts):
+        name, given = parted(text, "--detector")
         known = [row for row in registry if registry.load(row).kind == "detector"]
         if name != "all" and name not in known:
             raise UnknownName("--detector: " + unknown("detector", name, known))
@@ -179,8 +179,8 @@ def make_detectors(texts: Sequence[str], eps: float | None) -> dict[str, Any]:
 def make_attacks(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """``["pgd:steps=40", "cw-l2,detector-aware"]`` as names and their settings."""
     found: dict[str, dict[str, Any]] = {}
-    for text in _spread(texts):
-        name, given = _parted(text, "--attack")
+    for text in spread(texts):
+        name, given = parted(text, "--attack")
         try:
             kind = room("attacks").load(name)
         except UnknownName as error:
@@ -196,21 +196,6 @@ def make_attacks(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         hyper_parameters(kind, [f"{key}={value}" for key, value in given.items()])
         found[name] = given
     return found
-
-
-def _spread(texts: Sequence[str]) -> list[str]:
-    """Names of comma lists one by one; what has settings stands alone."""
-    return [
-        part.strip()
-        for text in texts
-        for part in ([text] if ":" in text else text.split(","))
-        if part.strip()
-    ]
-
-
-def _parted(text: str, option: str) -> tuple[str, dict[str, Any]]:
-    name, colon, rest = (part.strip() for part in text.partition(":"))
-    return name, parse_settings(rest.split(","), option) if colon else {}
 
 
 def _run(

@@ -10,9 +10,18 @@ import typer
 from robust.cli.main import LazyGroup
 from robust.registry import Registry
 
-COMMANDS = Registry("privacy command", {"epsilon": "robust.cli.privacy_epsilon:privacy_epsilon"})
+COMMANDS = Registry(
+    "privacy command",
+    {
+        "epsilon": "robust.cli.privacy_epsilon:privacy_epsilon",
+        "mia": "robust.cli.privacy_mia:privacy_mia",
+    },
+)
 # One line each for `robust privacy --help`.
-HELP = {"epsilon": "What a private training costs by every accountant, or what a budget allows."}
+HELP = {
+    "epsilon": "What a private training costs by every accountant, or what a budget allows.",
+    "mia": "Which training samples a model gives away, by membership attacks.",
+}
 
 
 class PrivacyGroup(LazyGroup):

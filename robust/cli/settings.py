@@ -110,6 +110,22 @@ def refuse_answers(name: str) -> NoReturn:
     raise ConfigError(f"{name} needs gradients; leave out --answers, --budget, --classes and --endpoint")
 
 
+def spread(texts: Sequence[str]) -> list[str]:
+    """Names of comma lists one by one; what has settings stands alone."""
+    return [
+        part.strip()
+        for text in texts
+        for part in ([text] if ":" in text else text.split(","))
+        if part.strip()
+    ]
+
+
+def parted(text: str, option: str) -> tuple[str, dict[str, Any]]:
+    """``"lid:neighbours=10"`` as a name and its settings."""
+    name, colon, rest = (part.strip() for part in text.partition(":"))
+    return name, parse_settings(rest.split(","), option) if colon else {}
+
+
 def parse_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
     """``["steps=20", "loss=margin"]`` as a mapping: values as TOML writes them, any other text as it is."""
     table: dict[str, Any] = {}
