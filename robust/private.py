@@ -79,6 +79,14 @@ class PrivateTraining(Training):
         return {**self.identity(), "data": str(tuple(self.x.shape))}
 
     @contextmanager
+    def closing(self) -> Iterator[None]:
+        """See `Training`; a training that never opens leaves the model as it was, too."""
+        try:
+            yield
+        finally:
+            self.walk.close()
+
+    @contextmanager
     def opened(self, folder: Path | None, identity: dict[str, Any]) -> Iterator[None]:
         """See `Training`; the seed is on disk before the first step is booked, so that it can be repeated."""
         try:

@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -178,6 +178,10 @@ class Training:
     def more(self) -> bool:
         """Whether there is a step to take."""
         return self.place.step < self.steps
+
+    def closing(self) -> AbstractContextManager[None]:
+        """Around everything that is done with this training; what it did to the module, besides training it, ends."""
+        return nullcontext()
 
     @contextmanager
     def opened(self, folder: Path | None, identity: dict[str, Any]) -> Iterator[None]:

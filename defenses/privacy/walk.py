@@ -75,14 +75,17 @@ class Walk:
         self.noise_multiplier = 1.0 if privacy.noise_multiplier is None else privacy.noise_multiplier
         training = [(part, part.training) for part in module.modules()]
         module.train()  # layers are looked at as they will run
-        self.optimizer = make_private(
-            module, optimizer, None, noise_multiplier=self.noise_multiplier, clipping=self.clipping(),
-            expected_batch_size=batch_size, secure_mode=privacy.secure_mode,
-        )[1]  # fmt: skip
-        for part, mode in training:
-            part.training = mode
+        try:
+            self.optimizer = make_private(
+                module, optimizer, None, noise_multiplier=self.noise_multiplier, clipping=self.clipping(),
+                expected_batch_size=batch_size, secure_mode=privacy.secure_mode,
+            )[1]  # fmt: skip
+        finally:
+            for part, mode in training:
+                part.training = mode
         try:
             self.mechanism = self._measured()
+            self.monitor = None if self.budget is None else Monitor(self.budget)
         except BaseException:
             self.optimizer.engine.release()
             raise
@@ -92,7 +95,6 @@ class Walk:
         self.optimizer.sample_rate = self.rate
         self.optimizer.attach_step_hook(lambda _: self._book())
         self.ledger: Ledger | None = None
-        self.monitor = None if self.budget is None else Monitor(self.budget)
         self._phases: list[Phase] = []
 
     def clipping(self) -> Clipping:
