@@ -170,8 +170,14 @@ class Walk:
         if folder is None:
             return
         path = folder / LEDGER
+        phases = read_ledger(path) if path.exists() else []
+        if (booked := sum(phase.steps for phase in phases)) < (taken := self.optimizer.steps):
+            raise RunError(
+                f"{path} has {booked} steps booked, but the checkpoint beside it has taken {taken}; put its own "
+                "ledger there"
+            )
         if self.over:
-            self._phases = read_ledger(path)
+            self._phases = phases
             return
         self.ledger = Ledger(path, run=self._run(identity))
         if self.budget is not None:

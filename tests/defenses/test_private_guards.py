@@ -1,22 +1,21 @@
-"""What must not undo differential privacy: errors on the way, other folders, other models, other files, other losses."""
+"""What must not undo differential privacy: errors on the way, folders, models, files and losses that are others."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
-from robust.defenses.privacy import noise as _n
-
-content_key = getattr(_n, "content_key", None)
+from robust.checkpoint import CHECKPOINT
 from robust.errors import ModelError, RunError
 from robust.fit import fit
 from robust.losses import cross_entropy
-from robust.privacy import Privacy
+from robust.privacy import LEDGER, Privacy
 from tests.contracts.recipe_subjects import digits
-from tests.defenses.private_training_parts import BATCH, COUNT, module, private_fit
+from tests.defenses.private_training_parts import BATCH, COUNT, booked, module, private_fit
 from tests.defenses.test_private_training import ZCDP, Stopped
 
 
@@ -74,3 +73,28 @@ def test_a_model_that_is_refused_is_left_in_the_mode_it_was_found_in() -> None:
     with pytest.raises(ModelError, match="BatchNorm2d"):
         private_fit(model=net, privacy={})
     assert untouched(net)
+
+
+# -- a ledger belongs to its checkpoint -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_checkpoint_whose_steps_are_not_in_its_ledger_is_not_resumed(secure: bool, tmp_path: Path) -> None:
+    asked = {"secure_mode": secure}
+    first = stopped_after(tmp_path / "first", 3, privacy=asked)
+    assert booked(first) == 3
+    (copied := tmp_path / "copied").mkdir()
+    shutil.copy(first / CHECKPOINT, copied)
+    (first / LEDGER).unlink()
+    for folder in (first, copied):
+        with pytest.raises(RunError, match=r"0 steps booked, but .* has taken 3"):
+            private_fit(folder, resume=True, privacy=asked)
+        assert not (folder / LEDGER).exists()
+
+
+def test_a_finished_training_does_not_report_less_than_it_spent(tmp_path: Path) -> None:
+    private_fit(tmp_path, epochs=1)
+    lines = (tmp_path / LEDGER).read_bytes().splitlines(keepends=True)
+    (tmp_path / LEDGER).write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(RunError, match=r"4 steps booked, but .* has taken 5"):
+        private_fit(tmp_path, epochs=1, resume=True)
