@@ -8,7 +8,9 @@ drops it.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,8 +73,21 @@ class PrivateTraining(Training):
         return super().more and not self.walk.over and self.walk.fits(self.place.step)
 
     def identity(self) -> dict[str, Any]:
-        """See `Training`."""
-        return {**super().identity(), "privacy": self.walk.identity()}
+        """See `Training`; with whatever else changes a sample's gradient, as all of them were paid for together."""
+        clf, module = self.clf, self.module
+        layers = re.sub(r" at 0x[0-9a-f]+", "", repr(module))  # of a function, another one in every process
+        shapes = [
+            (name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()
+        ]
+        return {
+            **super().identity(),
+            "network": hashlib.sha256(f"{layers}{shapes}".encode()).hexdigest()[:16],
+            "bounds": clf.bounds,
+            "mean": clf.mean.flatten().tolist(),
+            "std": clf.std.flatten().tolist(),
+            "device": clf.device.type,
+            "privacy": self.walk.identity(),
+        }
 
     def told(self) -> dict[str, Any]:
         """See `Training`; a digest of the data would answer who guesses one sample and knows all others."""

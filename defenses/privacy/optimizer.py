@@ -226,7 +226,7 @@ class PrivateOptimizer(Optimizer):
         for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
             parameter.grad = part.view(parameter.shape).to(parameter.dtype)
             self._given[id(parameter)] = (parameter.grad, parameter.grad._version)
-        normal = self.noise.normal(self.steps) if std > 0 and self.clipping.counts else 0.0
+        normal = self.noise.normal(self.steps, self._count) if std > 0 and self.clipping.counts else 0.0
         self.max_grad_norm = self.clipping.moved(
             self.max_grad_norm, self._count, self.expected_batch_size, normal
         )

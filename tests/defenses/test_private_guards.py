@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+from robust import Classifier
 from robust.checkpoint import CHECKPOINT
+from robust.defenses.privacy.noise import KeyedNoise, content_key
 from robust.errors import ModelError, RunError
 from robust.fit import fit
 from robust.losses import cross_entropy
@@ -98,3 +101,61 @@ def test_a_finished_training_does_not_report_less_than_it_spent(tmp_path: Path) 
     (tmp_path / LEDGER).write_bytes(b"".join(lines[:-1]))
     with pytest.raises(RunError, match=r"4 steps booked, but .* has taken 5"):
         private_fit(tmp_path, epochs=1, resume=True)
+
+
+# -- the same noise never covers two different sums -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_noise_is_a_function_of_the_sum_that_it_covers(step: int) -> None:
+    """The difference of two releases with the same noise would have none."""
+    source = KeyedNoise(7)
+    zeros, other = torch.zeros(5000), torch.zeros(5000)
+    other[17] = 1e-30
+    first, second = source.add(zeros, 1.0, step), source.add(other, 1.0, step)
+    assert torch.equal(first, source.add(zeros.clone(), 1.0, step))
+    assert abs(float(torch.corrcoef(torch.stack((first, second)))[0, 1])) < 0.1
+    assert source.normal(step, 3.0) == source.normal(step, 3.0) != source.normal(step, 4.0)
+
+
+def test_the_key_of_a_sum_on_a_device_depends_on_every_number_and_its_place() -> None:
+    flat = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    seen = {content_key(flat)}
+    for place in range(0, 999, 37):
+        changed = flat.clone()
+        changed[place] = torch.nextafter(changed[place], torch.tensor(torch.inf))
+        swapped = flat.clone()
+        swapped[place], swapped[place + 1] = flat[place + 1], flat[place]
+        seen |= {content_key(changed), content_key(swapped)}
+    assert len(seen) == 1 + 2 * len(range(0, 999, 37))
+    assert content_key(flat.double()) != content_key(flat) == content_key(flat.clone())
+
+
+def other_dropout() -> nn.Module:
+    """The same weights in a module that does something else with them."""
+    net = module()
+    net[3] = nn.Dropout(0.5)
+    return net
+
+
+def frozen_bias() -> nn.Module:
+    """The same weights, one of which is not trained."""
+    net = module()
+    net[1].bias.requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (lambda: Classifier(module(), mean=0.5), "mean"),
+        (lambda: Classifier(module(), std=2.0), "std"),
+        (lambda: Classifier(module(), bounds=(-1.0, 1.0)), "bounds"),
+        (other_dropout, "network"),
+        (frozen_bias, "network"),
+    ],
+)
+def test_a_training_is_not_resumed_with_another_model(model: Any, name: str, tmp_path: Path) -> None:
+    stopped_after(tmp_path, 2)
+    with pytest.raises(RunError, match=f"belongs to a training with {name}="):
+        private_fit(tmp_path, resume=True, model=model())
