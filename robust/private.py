@@ -145,7 +145,7 @@ class PrivateTraining(Training):
         parts, total = rows.split(self.part) or (rows,), 0.0
         for number, part in enumerate(parts, 1):
             self.optimizer.zero_grad(set_to_none=True)
-            self.walk.begin(last=number == len(parts), empty=not len(part))
+            self.walk.begin(last=number == len(parts), rows=len(part))
             if len(part):
                 value = self.copies(recipe, part, seed)
                 total += float(value.detach()) * len(part) / len(rows)

@@ -41,6 +41,7 @@ class PrivateOptimizer(Optimizer):
         expected_batch_size: what a sum is divided by, whatever the batch's real size, which is private.
         sample_rate: probability of each sample in a step; None where batches are no Poisson samples.
         history: (noise multiplier, sample rate, steps) in order, for accountants.
+        looks: samples of each backward pass since `zero_grad`.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class PrivateOptimizer(Optimizer):
         self._fresh: Tensor | None = None
         self._total: Tensor | None = None
         self._fresh_count = self._count = 0.0
+        self.looks: list[int] = []
         self._given: dict[int, tuple[Tensor, int]] = {}
         self._empty = False
         self.engine: Any = None  # `make_private` puts it here
@@ -145,6 +147,7 @@ class PrivateOptimizer(Optimizer):
 
     def consume(self, rows: int, parts: Sequence[Part]) -> None:
         """Clips the gradients of one backward pass and gathers their sum."""
+        self.looks.append(rows)
         scale = float(rows) if self.loss_reduction == "mean" else 1.0  # undoes the loss's mean
         norms = torch.stack([part.norm() for part in parts]) * scale
         lengths, factor = self.clipping.lengths(norms, self.max_grad_norm)
@@ -163,7 +166,7 @@ class PrivateOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops gradients that were not stepped on; the sums of a batch's earlier parts stay."""
         self._fresh, self._fresh_count = None, 0.0
-        self._given = {}
+        self._given, self.looks = {}, []
         self.original_optimizer.zero_grad(set_to_none)
 
     def expect(self, last: bool) -> None:

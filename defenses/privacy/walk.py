@@ -19,7 +19,7 @@ from robust.defenses.privacy.ledger import Ledger, read_ledger
 from robust.defenses.privacy.monitor import Monitor
 from robust.defenses.privacy.noise import KeyedNoise
 from robust.defenses.privacy.private import make_private
-from robust.errors import ConfigError, RunError
+from robust.errors import ConfigError, ModelError, RunError
 from robust.privacy import LEDGER, Privacy
 from robust.rng import derive
 
@@ -71,7 +71,7 @@ class Walk:
         self.steps = epochs * self.per_epoch
         self.over = False
         self.budget = _budget(privacy, delta)
-        self.inner = optimizer
+        self.module, self.inner = module, optimizer
         self.noise_multiplier = 1.0 if privacy.noise_multiplier is None else privacy.noise_multiplier
         training = [(part, part.training) for part in module.modules()]
         module.train()  # layers are looked at as they will run
@@ -96,6 +96,7 @@ class Walk:
         self.optimizer.attach_step_hook(lambda _: self._book())
         self.ledger: Ledger | None = None
         self._phases: list[Phase] = []
+        self._rows, self._still = 0, dict[str, tuple[Tensor, int]]()
 
     def clipping(self) -> Clipping:
         """The clipping with its options; adaptive clipping's count has a twentieth of the batch as its noise."""
@@ -235,16 +236,42 @@ class Walk:
             return derive(noise.seed, "module", step)
         return torch.Generator().seed() >> 1  # the system's own randomness
 
-    def begin(self, *, last: bool, empty: bool) -> None:
+    def begin(self, *, last: bool, rows: int) -> None:
         """See `PrivateWalk`."""
         self.optimizer.zero_grad()
         self.optimizer.expect(last)
-        if empty:
+        if not rows:
             self.optimizer.consume_empty()
+        self._rows, self._still = rows, {name: (v, v._version) for name, v in self._untrained().items()}
 
     def end(self) -> None:
-        """See `PrivateWalk`."""
+        """See `PrivateWalk`.
+
+        Raises:
+            ModelError: more of the samples than their clipped gradients would be kept.
+        """
+        if (looks := self.optimizer.looks) and looks != [self._rows]:
+            raise ModelError(
+                f"the loss takes weight gradients of {' and '.join(map(str, looks))} samples for a batch of "
+                f"{self._rows}, so that a sample has more than one share of the sum; call the model on each sample "
+                "once in a call, and leave backward() to the training"
+            )
+        for name, value in self._untrained().items():
+            if name not in self._still or not _same(*self._still[name], value):
+                raise ModelError(
+                    f"buffer {name} changes as the model trains, which keeps something of the samples without noise; "
+                    "make it constant"
+                )
         self.optimizer.step()
+
+    def _untrained(self) -> dict[str, Tensor]:
+        """What of the model is saved and not trained."""
+        found: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
+        for prefix, part in self.module.named_modules():
+            for name, value in part.named_buffers(prefix, recurse=False):
+                if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                    found[name] = value
+        return found
 
     # -- the account ----------------------------------------------------------------------------------------------
 
@@ -277,6 +304,11 @@ class Walk:
             return spent(phases, delta=self.delta, accountant=self.privacy.accountant)
         except Unanswered:
             return None
+
+
+def _same(before: Tensor, version: int, after: Tensor) -> bool:
+    """Whether a tensor was left alone since it had this version."""
+    return after is before and after._version == version
 
 
 def _budget(privacy: Privacy, delta: float) -> Budget | None:

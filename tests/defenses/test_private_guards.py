@@ -159,3 +159,42 @@ def test_a_training_is_not_resumed_with_another_model(model: Any, name: str, tmp
     stopped_after(tmp_path, 2)
     with pytest.raises(RunError, match=f"belongs to a training with {name}="):
         private_fit(tmp_path, resume=True, model=model())
+
+
+# -- nothing of a sample but its clipped gradient -------------------------------------------------------------------
+
+
+def twice(clf: Any, x: Tensor, y: Tensor, index: Tensor, seed: int) -> Tensor:
+    """A loss that shows the model every sample twice in one batch, each of them clipped by itself."""
+    return cross_entropy(clf(torch.cat([x, 1 - x])), torch.cat([y, y])).mean()
+
+
+def inside(clf: Any, x: Tensor, y: Tensor, index: Tensor, seed: int) -> Tensor:
+    """A loss that differentiates the weights by itself, too."""
+    cross_entropy(clf(x), y).mean().backward()
+    return cross_entropy(clf(1 - x), y).mean()
+
+
+@pytest.mark.parametrize("loss", [twice, inside])
+def test_a_loss_in_which_a_sample_has_more_than_one_share_is_refused(loss: Any) -> None:
+    with pytest.raises(ModelError, match="more than one share"):
+        private_fit(loss=loss)
+
+
+def test_a_buffer_that_samples_move_is_refused_by_name() -> None:
+    class Counts(nn.Module):
+        mean: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 10)
+            self.register_buffer("mean", torch.zeros(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.mean.lerp_(x.detach().flatten(1).mean(0), 0.1)
+            found: Tensor = self.layer(x.flatten(1))
+            return found
+
+    with pytest.raises(ModelError, match=r"buffer mean changes .* without noise"):
+        private_fit(model=Counts(), privacy={})
