@@ -3,7 +3,7 @@
 Everything that leaves a run folder after the end (weights, history, record, ledger) is a function of noisy sums. What
 is none (losses, probes on training samples, the digest of the data, the noise's seed) is kept from the record. The
 checkpoint of an unfinished training holds the seed: it is a secret, readable by its owner only, and the last one
-drops it.
+drops it, with the digest of the data.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class PrivateTraining(Training):
             "privacy": self.walk.identity(),
         }
 
-    def told(self) -> dict[str, Any]:
+    def told(self, identity: dict[str, Any]) -> dict[str, Any]:
         """See `Training`; a digest of the data would answer who guesses one sample and knows all others."""
-        return {**self.identity(), "data": str(tuple(self.x.shape))}
+        return {**identity, "data": str(tuple(self.x.shape))}
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -111,7 +111,7 @@ class PrivateTraining(Training):
             self.walk.open(folder, identity)
             yield
             if folder is not None and not self.walk.over:
-                self.save(folder, identity, over=True)
+                self.save(folder, self.told(identity), over=True)
         finally:
             self.walk.close()
 

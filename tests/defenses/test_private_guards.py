@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from robust import Classifier
 from robust.checkpoint import CHECKPOINT
+from robust.cli.main import run
 from robust.defenses.privacy.noise import KeyedNoise, content_key
+from robust.digest import write_atomic
 from robust.errors import ModelError, RunError
 from robust.fit import fit
 from robust.losses import cross_entropy
@@ -198,3 +204,62 @@ def test_a_buffer_that_samples_move_is_refused_by_name() -> None:
 
     with pytest.raises(ModelError, match=r"buffer mean changes .* without noise"):
         private_fit(model=Counts(), privacy={})
+
+
+# -- nothing without noise is left or shown -------------------------------------------------------------------------
+
+
+def test_the_last_checkpoint_has_no_digest_of_the_data_and_the_training_can_be_taken_up(
+    tmp_path: Path,
+) -> None:
+    def told() -> Any:
+        with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
+            return json.loads(file.metadata()["identity"])["data"]
+
+    stopped_after(tmp_path, 1)
+    assert "sha256" in told()
+    result = private_fit(tmp_path, resume=True)
+    assert told() == "(60, 1, 8, 8)"
+    assert private_fit(tmp_path, resume=True).record["privacy"] == result.record["privacy"]
+    with pytest.raises(RunError, match="belongs to a training with lr="):
+        private_fit(tmp_path, resume=True, lr=0.4)
+
+
+def test_a_secret_file_is_its_owners_alone_whatever_lay_in_its_way(tmp_path: Path) -> None:
+    left = tmp_path / ".file.part"
+    left.write_text("left by a kill")
+    left.chmod(0o644)
+    reader = os.open(left, os.O_RDONLY)
+    write_atomic(tmp_path / "file", b"secret", secret=True)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
+    assert os.read(reader, 100) == b"left by a kill"
+    os.close(reader)
+
+
+def test_the_loss_of_a_private_training_is_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robust.cli.progress.QUIET_SECONDS", 0.0)
+    command = ["train", "--batch-size", "256", "--epochs", "1"]
+    private = ["--dp-noise-multiplier", "1", "--dp-delta", "1e-4", "--dp-accountant", "zcdp", "--dp-fix"]
+    assert run([*command, *private, "--out", str(tmp_path / "private")]) == 0
+    shown = capsys.readouterr().err
+    assert "epoch 1/1" in shown
+    assert "loss" not in shown
+
+
+def test_no_augmented_copies_is_no_privacy_that_makes_sense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "train",
+        "--dp-noise-multiplier",
+        "1",
+        "--dp-delta",
+        "1e-4",
+        "--dp-fix",
+        "--dp-augmentations",
+        "0",
+    ]
+    assert run([*command, "--epochs", "1", "--out", str(tmp_path / "run")]) == 2
+    assert "augmentations=0" in capsys.readouterr().err
