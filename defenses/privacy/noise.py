@@ -120,31 +120,34 @@ class Noise(ABC):
 
 @dataclass
 class KeyedNoise(Noise):
-    """Counter-based noise (Philox): a function of seed, step and the sum it covers, so that a resumed training draws
-    the same.
+    """Counter-based noise (Philox): a function of seed and step, so that a resumed training draws the same.
 
-    Two different sums never get the same noise, which their difference would be free of: not where a copy of a
-    training goes on with another model, device, library or rounding. (A signature's nonce is made from its message for
-    that reason, RFC 6979.) Whoever knows the seed can take the noise away again: keep it as secret as the data. A
-    resumed training sets it.
+    Whoever knows the seed can take the noise away again: keep it as secret as the data. A resumed training sets it.
+
+    Attributes:
+        by_sum: whether noise is a function of the numbers that it covers, too. Then two different sums never get the
+            same noise, which their difference would be free of, not even where a copy of a training goes on with
+            another loss, library or rounding. (A signature's nonce is made from its message for the same reason,
+            RFC 6979.)
     """
 
     seed: int
+    by_sum: bool = False
 
     def add(self, flat: Tensor, std: float, step: int) -> Tensor:
         """See `Noise`."""
         if flat.is_cuda:
             who = torch.zeros(1, dtype=torch.int64, device=flat.device)
-            key = stream_key(self.seed, f"dp-noise/{content_key(flat)}")
+            key = stream_key(self.seed, self._stream("dp-noise", flat))
             return noise_batch(flat[None], std, who, step, key)[0]
         kind: Any = np.float64 if flat.dtype == torch.float64 else np.float32
-        content = hashlib.blake2b(flat.detach().contiguous().numpy().data, digest_size=16).hexdigest()
-        drawn = self._draws(f"dp-noise/{content}", step).standard_normal(flat.numel(), dtype=kind)
+        drawn = self._draws(self._stream("dp-noise", flat), step).standard_normal(flat.numel(), dtype=kind)
         return torch.from_numpy(drawn).mul_(std).add_(flat)
 
     def normal(self, step: int, value: float) -> float:
         """See `Noise`."""
-        return float(self._draws(f"dp-count/{value!r}", step).standard_normal())
+        stream = self._stream("dp-count", torch.tensor([value], dtype=torch.float64))
+        return float(self._draws(stream, step).standard_normal())
 
     def chosen(self, count: int, rate: float, step: int) -> Tensor:
         """See `Noise`; number i of a step's stream is sample i's."""
@@ -152,6 +155,13 @@ class KeyedNoise(Noise):
         return torch.from_numpy(
             (uniforms < math.floor(rate * 2**53) * 2.0**-53).nonzero()[0].astype(np.int64)
         )
+
+    def _stream(self, name: str, covered: Tensor) -> str:
+        if not self.by_sum:
+            return name
+        if covered.is_cuda:
+            return f"{name}/{content_key(covered)}"
+        return f"{name}/{hashlib.blake2b(covered.contiguous().numpy().data, digest_size=16).hexdigest()}"
 
     def _draws(self, stream: str, step: int) -> np.random.Generator:
         """numpy's Philox at the place of a step: its streams are long, and drawn in C."""

@@ -260,6 +260,7 @@ class PrivateOptimizer(Optimizer):
         own = {
             "steps": self.steps,
             "seed": self.seed,
+            "by_sum": isinstance(self.noise, KeyedNoise) and self.noise.by_sum,
             "max_grad_norm": self.max_grad_norm,
             "history": [list(entry) for entry in self.history],
         }
@@ -280,6 +281,6 @@ class PrivateOptimizer(Optimizer):
         self.steps, self.max_grad_norm = int(own["steps"]), float(own["max_grad_norm"])
         self.history = [(float(z), q, int(n)) for z, q, n in own["history"]]
         if isinstance(self.noise, KeyedNoise):
-            self.noise.seed = int(own["seed"])
+            self.noise.seed, self.noise.by_sum = int(own["seed"]), bool(own.get("by_sum"))
         self._fresh = self._total = None
         self._fresh_count = self._count = 0.0

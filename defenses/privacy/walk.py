@@ -151,6 +151,7 @@ class Walk:
         own = {
             "steps": int(tensors["steps"]),
             "seed": seed,
+            "by_sum": True,
             "max_grad_norm": float(tensors["max_grad_norm"]),
             "history": tensors["history"].tolist(),
         }

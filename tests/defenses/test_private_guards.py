@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from robust import Classifier
@@ -24,7 +25,7 @@ from robust.fit import fit
 from robust.losses import cross_entropy
 from robust.privacy import LEDGER, Privacy
 from tests.contracts.recipe_subjects import digits
-from tests.defenses.private_training_parts import BATCH, COUNT, booked, module, private_fit
+from tests.defenses.private_training_parts import BATCH, COUNT, STEPS, booked, module, private_fit
 from tests.defenses.test_private_training import ZCDP, Stopped
 
 
@@ -113,14 +114,15 @@ def test_a_finished_training_does_not_report_less_than_it_spent(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("step", [0, 3])
-def test_noise_is_a_function_of_the_sum_that_it_covers(step: int) -> None:
+def test_noise_that_nobody_keyed_is_a_function_of_the_sum_that_it_covers(step: int) -> None:
     """The difference of two releases with the same noise would have none."""
-    source = KeyedNoise(7)
+    source = KeyedNoise(7, by_sum=True)
     zeros, other = torch.zeros(5000), torch.zeros(5000)
     other[17] = 1e-30
     first, second = source.add(zeros, 1.0, step), source.add(other, 1.0, step)
     assert torch.equal(first, source.add(zeros.clone(), 1.0, step))
     assert abs(float(torch.corrcoef(torch.stack((first, second)))[0, 1])) < 0.1
+    assert torch.equal(KeyedNoise(7).add(zeros, 1.0, step), KeyedNoise(7).add(other, 1.0, step))
     assert source.normal(step, 3.0) == source.normal(step, 3.0) != source.normal(step, 4.0)
 
 
@@ -165,6 +167,20 @@ def test_a_training_is_not_resumed_with_another_model(model: Any, name: str, tmp
     stopped_after(tmp_path, 2)
     with pytest.raises(RunError, match=f"belongs to a training with {name}="):
         private_fit(tmp_path, resume=True, model=model())
+
+
+def test_elsewhere_the_steps_that_are_repeated_are_others_and_are_paid_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another library or processor rounds otherwise."""
+    stopped_after(tmp_path, 2, checkpoint_seconds=100)
+    secret = int(load_file(tmp_path / CHECKPOINT)["private/seed"])
+    monkeypatch.setattr("robust.defenses.privacy.walk.place", lambda: 5)
+    stopped_after(tmp_path, 4, resume=True)
+    assert int(load_file(tmp_path / CHECKPOINT)["private/seed"]) != secret
+    assert booked(tmp_path) == 2 + 4
+    result = private_fit(tmp_path, resume=True)
+    assert booked(tmp_path) == result.record["privacy"]["steps"] == 2 + STEPS
 
 
 # -- nothing of a sample but its clipped gradient -------------------------------------------------------------------
