@@ -85,7 +85,6 @@ class PrivateTraining(Training):
             "bounds": clf.bounds,
             "mean": clf.mean.flatten().tolist(),
             "std": clf.std.flatten().tolist(),
-            "device": clf.device.type,
             "privacy": self.walk.identity(),
         }
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,8 @@ class Walk:
     **Guarantee.** The steps taken are (epsilon, delta)-differentially private under adding or removing one sample:
     each is the Gaussian mechanism on a Poisson sample, booked on disk before it is taken. A training that is killed and
     resumed takes the same steps with the same noise, whose seed is in its checkpoints; they count once. In secure mode
-    the noise cannot be drawn again, and what is repeated counts twice.
+    the noise cannot be drawn again, and elsewhere (a GPU, other threads, another library) sums are rounded otherwise:
+    there what is repeated counts twice.
 
     Args:
         privacy: what to keep.
@@ -96,6 +99,10 @@ class Walk:
         self.optimizer.attach_step_hook(lambda _: self._book())
         self.ledger: Ledger | None = None
         self._phases: list[Phase] = []
+        on_cpu = all(p.device.type == "cpu" for p in module.parameters())
+        self.exact = (
+            on_cpu and not privacy.secure_mode
+        )  # whether a step that is repeated is the same to the bit
         self._rows, self._still = 0, dict[str, tuple[Tensor, int]]()
 
     def clipping(self) -> Clipping:
@@ -139,13 +146,15 @@ class Walk:
             "max_grad_norm": torch.tensor(private.max_grad_norm, dtype=torch.float64),
             "history": torch.tensor(private.history, dtype=torch.float64).reshape(-1, 3),
             "over": torch.tensor(over),
+            "place": torch.tensor(place() if self.exact else 0),
         }
         return found if over or private.seed is None else {**found, "seed": torch.tensor(private.seed)}
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """See `PrivateWalk`."""
         self.over = bool(tensors["over"])
-        seed = int(tensors["seed"]) if "seed" in tensors else self.optimizer.seed
+        self.exact = self.exact and int(tensors["place"]) == place()
+        seed = int(tensors["seed"]) if "seed" in tensors and self.exact else self.optimizer.seed
         if "seed" not in tensors and not self.over and not self.privacy.secure_mode:
             raise RunError("the noise's seed is not in this checkpoint")
         own = {
@@ -186,8 +195,8 @@ class Walk:
             self.monitor = Monitor(self.budget, ledger=self.ledger)
 
     def _run(self, identity: Mapping[str, Any]) -> str | None:
-        """A name that only this training's repetitions have; none where they draw other noise."""
-        if (seed := self.optimizer.seed) is None:
+        """A name that only this training's repetitions have; none where they are others."""
+        if (seed := self.optimizer.seed) is None or not self.exact:
             return None
         text = json.dumps(identity, sort_keys=True).encode()
         return hashlib.blake2b(text, key=seed.to_bytes(8, "little"), digest_size=8).hexdigest()
@@ -305,6 +314,12 @@ class Walk:
             return spent(phases, delta=self.delta, accountant=self.privacy.accountant)
         except Unanswered:
             return None
+
+
+def place() -> int:
+    """A number for what rounds a sum on a CPU: libraries, kind of processor, threads."""
+    kind = platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return derive(0, "place", torch.__version__, np.__version__, *kind)
 
 
 def _same(before: Tensor, version: int, after: Tensor) -> bool:
