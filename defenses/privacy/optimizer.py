@@ -41,7 +41,7 @@ class PrivateOptimizer(Optimizer):
         expected_batch_size: what a sum is divided by, whatever the batch's real size, which is private.
         sample_rate: probability of each sample in a step; None where batches are no Poisson samples.
         history: (noise multiplier, sample rate, steps) in order, for accountants.
-        looks: samples of each backward pass since `zero_grad`.
+        looks: samples of each backward pass since `zero_grad` or `step`.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class PrivateOptimizer(Optimizer):
         if self._fresh is not None:
             self._total = self._fresh if self._total is None else self._total.add_(self._fresh)
         self._count += self._fresh_count
-        self._fresh, self._fresh_count, self._empty = None, 0.0, False
+        self._fresh, self._fresh_count, self._empty, self.looks = None, 0.0, False, []
 
     def _book(self) -> None:
         if self.step_hook is not None:
