@@ -104,10 +104,11 @@ def fit(
     group = join_group()
     parts = (given, *load_samples(data), settings, loss, augment, Watch(valid, keep), group)
     training = Training(*parts) if privacy is None else PrivateTraining(*parts, privacy)
-    if tensorboard and out is None:
-        raise RunError("tensorboard=True has nowhere to write to; give out, the run folder")
-    with claimed(out if group.writes else None):
-        folder = None if out is None else prepare_folder(out, resume or not group.writes)
-        training.run(folder, checkpoint_seconds, progress, tensorboard)
-        found, place = training.summary(folder, record or {}), training.place
+    with training.closing():
+        if tensorboard and out is None:
+            raise RunError("tensorboard=True has nowhere to write to; give out, the run folder")
+        with claimed(out if group.writes else None):
+            folder = None if out is None else prepare_folder(out, resume or not group.writes)
+            training.run(folder, checkpoint_seconds, progress, tensorboard)
+            found, place = training.summary(folder, record or {}), training.place
     return FitResult(given, place.history, place.seconds, settings, found, folder)

@@ -113,8 +113,8 @@ class PrivateWalk(Protocol):
     def seed(self, step: int) -> int:
         """A secret seed for what a model draws itself, such as dropout."""
 
-    def begin(self, *, last: bool, empty: bool) -> None:
-        """Says that a part of the batch comes, whether it is the last one, and whether it is empty."""
+    def begin(self, *, last: bool, rows: int) -> None:
+        """Says that a part of the batch comes, whether it is the last one, and how many samples it has."""
 
     def end(self) -> None:
         """After the part's backward pass; the last one's books the step and takes it."""

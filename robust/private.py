@@ -3,12 +3,14 @@
 Everything that leaves a run folder after the end (weights, history, record, ledger) is a function of noisy sums. What
 is none (losses, probes on training samples, the digest of the data, the noise's seed) is kept from the record. The
 checkpoint of an unfinished training holds the seed: it is a secret, readable by its owner only, and the last one
-drops it.
+drops it, with the digest of the data.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,12 +73,32 @@ class PrivateTraining(Training):
         return super().more and not self.walk.over and self.walk.fits(self.place.step)
 
     def identity(self) -> dict[str, Any]:
-        """See `Training`."""
-        return {**super().identity(), "privacy": self.walk.identity()}
+        """See `Training`; with whatever else changes a sample's gradient, as all of them were paid for together."""
+        clf, module = self.clf, self.module
+        layers = re.sub(r" at 0x[0-9a-f]+", "", repr(module))  # of a function, another one in every process
+        shapes = [
+            (name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()
+        ]
+        return {
+            **super().identity(),
+            "network": hashlib.sha256(f"{layers}{shapes}".encode()).hexdigest()[:16],
+            "bounds": clf.bounds,
+            "mean": clf.mean.flatten().tolist(),
+            "std": clf.std.flatten().tolist(),
+            "privacy": self.walk.identity(),
+        }
 
-    def told(self) -> dict[str, Any]:
+    def told(self, identity: dict[str, Any]) -> dict[str, Any]:
         """See `Training`; a digest of the data would answer who guesses one sample and knows all others."""
-        return {**self.identity(), "data": str(tuple(self.x.shape))}
+        return {**identity, "data": str(tuple(self.x.shape))}
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """See `Training`; a training that never opens leaves the model as it was, too."""
+        try:
+            yield
+        finally:
+            self.walk.close()
 
     @contextmanager
     def opened(self, folder: Path | None, identity: dict[str, Any]) -> Iterator[None]:
@@ -88,7 +110,7 @@ class PrivateTraining(Training):
             self.walk.open(folder, identity)
             yield
             if folder is not None and not self.walk.over:
-                self.save(folder, identity, over=True)
+                self.save(folder, self.told(identity), over=True)
         finally:
             self.walk.close()
 
@@ -122,7 +144,7 @@ class PrivateTraining(Training):
         parts, total = rows.split(self.part) or (rows,), 0.0
         for number, part in enumerate(parts, 1):
             self.optimizer.zero_grad(set_to_none=True)
-            self.walk.begin(last=number == len(parts), empty=not len(part))
+            self.walk.begin(last=number == len(parts), rows=len(part))
             if len(part):
                 value = self.copies(recipe, part, seed)
                 total += float(value.detach()) * len(part) / len(rows)

@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,7 +49,10 @@ _MODEL, _AVERAGE, _OPTIMIZER, _MEMORY, _KEPT = "model/", "average/", "optimizer/
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: what `progress` is called with after every step."""
+    """Where a training stands: what `progress` is called with after every step.
+
+    The loss is measured on training samples: a private training's has no noise, and is for its owner's eyes only.
+    """
 
     epoch: int
     epochs: int
@@ -170,14 +173,18 @@ class Training:
             "model": type(self.module).__qualname__,
         }
 
-    def told(self) -> dict[str, Any]:
-        """What the record says of the identity."""
-        return self.identity()
+    def told(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What the record, and the checkpoint of a training that is over, say of the identity."""
+        return identity
 
     @property
     def more(self) -> bool:
         """Whether there is a step to take."""
         return self.place.step < self.steps
+
+    def closing(self) -> AbstractContextManager[None]:
+        """Around everything that is done with this training; what it did to the module, besides training it, ends."""
+        return nullcontext()
 
     @contextmanager
     def opened(self, folder: Path | None, identity: dict[str, Any]) -> Iterator[None]:
@@ -199,7 +206,7 @@ class Training:
         self.group.spread(self.module)
         identity = {} if folder is None else self.identity()
         if folder is not None:
-            self.place = load_checkpoint(folder, identity, self.restore)
+            self.place = load_checkpoint(folder, identity, self.restore, self.told(identity))
         writes = self.group.writes
         board = Board(folder / "tensorboard", self.place.step) if tensorboard and folder and writes else None
         modes = [(module, module.training) for module in self.module.modules()]
@@ -255,7 +262,7 @@ class Training:
         found = {
             **record,
             "schema": 1,
-            "training": self.told(),
+            "training": self.told(self.identity()),
             "history": self.place.history,
             "kept_epoch": self.watch.best(self.place.history) + 1,
             "warnings": self.recipe.doubts(self.place.history),

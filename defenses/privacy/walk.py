@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from robust.defenses.privacy.ledger import Ledger, read_ledger
 from robust.defenses.privacy.monitor import Monitor
 from robust.defenses.privacy.noise import KeyedNoise
 from robust.defenses.privacy.private import make_private
-from robust.errors import ConfigError, RunError
+from robust.errors import ConfigError, ModelError, RunError
 from robust.privacy import LEDGER, Privacy
 from robust.rng import derive
 
@@ -36,7 +38,8 @@ class Walk:
     **Guarantee.** The steps taken are (epsilon, delta)-differentially private under adding or removing one sample:
     each is the Gaussian mechanism on a Poisson sample, booked on disk before it is taken. A training that is killed and
     resumed takes the same steps with the same noise, whose seed is in its checkpoints; they count once. In secure mode
-    the noise cannot be drawn again, and what is repeated counts twice.
+    the noise cannot be drawn again, and elsewhere (a GPU, other threads, another library) sums are rounded otherwise:
+    there what is repeated counts twice.
 
     Args:
         privacy: what to keep.
@@ -71,18 +74,21 @@ class Walk:
         self.steps = epochs * self.per_epoch
         self.over = False
         self.budget = _budget(privacy, delta)
-        self.inner = optimizer
+        self.module, self.inner = module, optimizer
         self.noise_multiplier = 1.0 if privacy.noise_multiplier is None else privacy.noise_multiplier
         training = [(part, part.training) for part in module.modules()]
         module.train()  # layers are looked at as they will run
-        self.optimizer = make_private(
-            module, optimizer, None, noise_multiplier=self.noise_multiplier, clipping=self.clipping(),
-            expected_batch_size=batch_size, secure_mode=privacy.secure_mode,
-        )[1]  # fmt: skip
-        for part, mode in training:
-            part.training = mode
+        try:
+            self.optimizer = make_private(
+                module, optimizer, None, noise_multiplier=self.noise_multiplier, clipping=self.clipping(),
+                expected_batch_size=batch_size, secure_mode=privacy.secure_mode,
+            )[1]  # fmt: skip
+        finally:
+            for part, mode in training:
+                part.training = mode
         try:
             self.mechanism = self._measured()
+            self.monitor = None if self.budget is None else Monitor(self.budget)
         except BaseException:
             self.optimizer.engine.release()
             raise
@@ -92,8 +98,12 @@ class Walk:
         self.optimizer.sample_rate = self.rate
         self.optimizer.attach_step_hook(lambda _: self._book())
         self.ledger: Ledger | None = None
-        self.monitor = None if self.budget is None else Monitor(self.budget)
         self._phases: list[Phase] = []
+        on_cpu = all(p.device.type == "cpu" for p in module.parameters())
+        self.exact = (
+            on_cpu and not privacy.secure_mode
+        )  # whether a step that is repeated is the same to the bit
+        self._rows, self._still = 0, dict[str, tuple[Tensor, int]]()
 
     def clipping(self) -> Clipping:
         """The clipping with its options; adaptive clipping's count has a twentieth of the batch as its noise."""
@@ -136,18 +146,21 @@ class Walk:
             "max_grad_norm": torch.tensor(private.max_grad_norm, dtype=torch.float64),
             "history": torch.tensor(private.history, dtype=torch.float64).reshape(-1, 3),
             "over": torch.tensor(over),
+            "place": torch.tensor(place() if self.exact else 0),
         }
         return found if over or private.seed is None else {**found, "seed": torch.tensor(private.seed)}
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """See `PrivateWalk`."""
         self.over = bool(tensors["over"])
-        seed = int(tensors["seed"]) if "seed" in tensors else self.optimizer.seed
+        self.exact = self.exact and int(tensors["place"]) == place()
+        seed = int(tensors["seed"]) if "seed" in tensors and self.exact else self.optimizer.seed
         if "seed" not in tensors and not self.over and not self.privacy.secure_mode:
             raise RunError("the noise's seed is not in this checkpoint")
         own = {
             "steps": int(tensors["steps"]),
             "seed": seed,
+            "by_sum": True,
             "max_grad_norm": float(tensors["max_grad_norm"]),
             "history": tensors["history"].tolist(),
         }
@@ -168,16 +181,22 @@ class Walk:
         if folder is None:
             return
         path = folder / LEDGER
+        phases = read_ledger(path) if path.exists() else []
+        if (booked := sum(phase.steps for phase in phases)) < (taken := self.optimizer.steps):
+            raise RunError(
+                f"{path} has {booked} steps booked, but the checkpoint beside it has taken {taken}; put its own "
+                "ledger there"
+            )
         if self.over:
-            self._phases = read_ledger(path)
+            self._phases = phases
             return
         self.ledger = Ledger(path, run=self._run(identity))
         if self.budget is not None:
             self.monitor = Monitor(self.budget, ledger=self.ledger)
 
     def _run(self, identity: Mapping[str, Any]) -> str | None:
-        """A name that only this training's repetitions have; none where they draw other noise."""
-        if (seed := self.optimizer.seed) is None:
+        """A name that only this training's repetitions have; none where they are others."""
+        if (seed := self.optimizer.seed) is None or not self.exact:
             return None
         text = json.dumps(identity, sort_keys=True).encode()
         return hashlib.blake2b(text, key=seed.to_bytes(8, "little"), digest_size=8).hexdigest()
@@ -227,16 +246,42 @@ class Walk:
             return derive(noise.seed, "module", step)
         return torch.Generator().seed() >> 1  # the system's own randomness
 
-    def begin(self, *, last: bool, empty: bool) -> None:
+    def begin(self, *, last: bool, rows: int) -> None:
         """See `PrivateWalk`."""
         self.optimizer.zero_grad()
         self.optimizer.expect(last)
-        if empty:
+        if not rows:
             self.optimizer.consume_empty()
+        self._rows, self._still = rows, {name: (v, v._version) for name, v in self._untrained().items()}
 
     def end(self) -> None:
-        """See `PrivateWalk`."""
+        """See `PrivateWalk`.
+
+        Raises:
+            ModelError: more of the samples than their clipped gradients would be kept.
+        """
+        if (looks := self.optimizer.looks) and looks != [self._rows]:
+            raise ModelError(
+                f"the loss takes weight gradients of {' and '.join(map(str, looks))} samples for a batch of "
+                f"{self._rows}, so that a sample has more than one share of the sum; call the model on each sample "
+                "once in a call, and leave backward() to the training"
+            )
+        for name, value in self._untrained().items():
+            if name not in self._still or not _same(*self._still[name], value):
+                raise ModelError(
+                    f"buffer {name} changes as the model trains, which keeps something of the samples without noise; "
+                    "make it constant"
+                )
         self.optimizer.step()
+
+    def _untrained(self) -> dict[str, Tensor]:
+        """What of the model is saved and not trained."""
+        found: dict[str, Tensor] = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
+        for prefix, part in self.module.named_modules():
+            for name, value in part.named_buffers(prefix, recurse=False):
+                if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                    found[name] = value
+        return found
 
     # -- the account ----------------------------------------------------------------------------------------------
 
@@ -269,6 +314,17 @@ class Walk:
             return spent(phases, delta=self.delta, accountant=self.privacy.accountant)
         except Unanswered:
             return None
+
+
+def place() -> int:
+    """A number for what rounds a sum on a CPU: libraries, kind of processor, threads."""
+    kind = platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return derive(0, "place", torch.__version__, np.__version__, *kind)
+
+
+def _same(before: Tensor, version: int, after: Tensor) -> bool:
+    """Whether a tensor was left alone since it had this version."""
+    return after is before and after._version == version
 
 
 def _budget(privacy: Privacy, delta: float) -> Budget | None:

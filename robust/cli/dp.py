@@ -84,7 +84,9 @@ def make_privacy(given: Privacy | None, chosen: dict[str, str | int | bool | Non
     from robust.privacy import Privacy
 
     numbers = ("epsilon", "delta", "noise_multiplier", "max_grad_norm")
-    asked: dict[str, Any] = {key: value for key, value in chosen.items() if value not in (None, False)}
+    asked: dict[str, Any] = {
+        key: value for key, value in chosen.items() if value is not None and value is not False
+    }
     if not asked:
         return given
     asked |= {key: number(value) for key, value in asked.items() if key in numbers}

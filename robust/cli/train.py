@@ -146,7 +146,8 @@ def _run(
     with Meter("loading", quiet=quiet) as meter:
 
         def tell(event: Progress) -> None:
-            meter(event.step / event.steps, f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.4f}")
+            loss = f", loss {event.loss:.4f}" if plan.privacy is None else ""  # which has no noise
+            meter(event.step / event.steps, f"epoch {event.epoch}/{event.epochs}{loss}")
 
         try:
             return train_model(
