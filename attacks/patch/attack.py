@@ -270,10 +270,9 @@ class AdversarialPatch(UniversalAttack):
         assert isinstance(self.threat, Patch)
         low, high = trial.bounds
         draws = Draws(trial.seed, "patch/start", torch.zeros(1, dtype=torch.long), restart)
-        (noise,) = draws.uniform(channels, self.threat.height, self.threat.width)
-        return low + (high - low) * noise.repeat_interleave(self.resolution, 1).repeat_interleave(
-            self.resolution, 2
-        )
+        noise = draws.uniform(channels, self.threat.height, self.threat.width)[0]
+        noise = noise.repeat_interleave(self.resolution, 1).repeat_interleave(self.resolution, 2)
+        return low + (high - low) * noise
 
 
 def _parts(trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:

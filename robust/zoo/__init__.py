@@ -105,4 +105,13 @@ ENTRIES = {
         recipe="experiments/train/mnist-at.toml",
         card="PGD adversarial training (Madry et al. 2018) on MNIST, linf 0.3",
     ),
+    "mnist-dp": Entry(
+        architecture="tanh-mnist",
+        weights="mnist-dp.safetensors",
+        data="mnist",
+        recipe="experiments/train/mnist-dp.toml",
+        card="Private training (DP-SGD, Abadi et al. 2016) on MNIST: epsilon 3, delta 1e-5, add or remove one",
+        mean=0.1307,
+        std=0.3081,
+    ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from robust import zoo
 from robust.data import load_data
+from robust.defenses.privacy import epsilon
 from robust.errors import ModelError, UnknownName
 from robust.models import load_model
 from robust.zoo.resnet_cifar import CifarResNet, Shortcut
@@ -142,6 +144,20 @@ def test_lenet5_reaches_its_accuracy_on_mnist(shared: Path) -> None:
     x, y = load_data("mnist", root=shared / "data", n=1000).tensors()
     found = accuracy("zoo:lenet5", shared / "weights" / "mnist_lenet5.safetensors", x, y)
     assert abs(found - 0.989) <= 0.006  # 98.9 % on all 10,000, 98.4 % on the first 1,000
+
+
+def test_the_private_network_is_accurate_on_mnist_and_keeps_its_budget(root: Path, shared: Path) -> None:
+    x, y = load_data("mnist", root=shared / "data").tensors()
+    clf = load_model("zoo:mnist-dp", device="cpu")
+    found = torch.cat([clf.logits(part).argmax(1) for part in x.split(1000)])
+    assert float((found == y).double().mean()) >= 0.97
+    spent = json.loads((root / "experiments/train/results/mnist-dp.json").read_text())["privacy"]
+    assert spent["epsilon"] <= 3
+    assert spent["delta"] == 1e-5
+    again = epsilon(
+        noise_multiplier=spent["noise_multiplier"], sample_rate=spent["sample_rate"], steps=spent["steps"], delta=1e-5,
+    )  # fmt: skip
+    assert float(again) == pytest.approx(spent["epsilon"], rel=1e-3)
 
 
 def test_the_robust_lenet5_is_accurate_on_mnist(shared: Path) -> None:
