@@ -160,8 +160,9 @@ class Protocol:
         if len(x) != self.batch or y.shape != (self.batch,):
             raise ConfigError(f"{len(x)} samples, labels {tuple(y.shape)}: a step takes batch={self.batch} of each")
         x = x.to(model.clf.device, model.dtype)
-        p = F.one_hot(y.to(x.device).long(), model.classes(x)).to(x)
-        with torch.no_grad():
+        with model.clf.session():
+            p = F.one_hot(y.to(x.device).long(), model.classes(x)).to(x)
+        with model.clf.session(), torch.no_grad():
             if self.clip is not None and self.steps == 1:
                 rows = [model.flat(model.gradient(x[k : k + 1], p[k : k + 1])) for k in range(len(x))]
                 flat = clip_accumulate(torch.stack(rows), None, self.clip)[0] / self.batch
