@@ -73,10 +73,14 @@ class GradientMatching(GradientInversion):
             row[: len(values)] = torch.tensor(values)
         return Recovery(best.u, best.labels, best.objective, track, 0, best.objective <= self.tolerance)
 
+    def objective(self, problem: Problem, u: Tensor, p: Tensor) -> Tensor:
+        """What is made small, of images u (batch, C, H, W) in [0, 1] with labels p (batch, classes)."""
+        apart = problem.gradient(u, p) - problem.values
+        return apart.square().sum() / problem.values.square().sum()
+
     def _descend(self, problem: Problem, u: Tensor, restart: int) -> _Descent:
         """One restart."""
         free, labels = self._free(problem, u, restart)
-        size = problem.values.square().sum()
         track: list[float] = []
         best = _Descent(u.detach().clone(), labels().argmax(1), math.inf, track)
         optimizer = torch.optim.LBFGS(
@@ -86,7 +90,7 @@ class GradientMatching(GradientInversion):
 
         def closure() -> Tensor:
             with torch.enable_grad():
-                objective = (problem.gradient(free[0], labels()) - problem.values).square().sum() / size
+                objective = self.objective(problem, free[0], labels())
                 slopes = torch.autograd.grad(objective, free)
             for tensor, slope in zip(free, slopes, strict=True):
                 tensor.grad = slope

@@ -63,18 +63,17 @@ class InvertingGradients(GradientInversion):
         """See `GradientInversion.dtype`."""
         return DTYPES[self.precision]
 
+    def objective(self, problem: Problem, u: Tensor, p: Tensor) -> Tensor:
+        """What is made small, of images u (batch, C, H, W) in [0, 1] with labels p (batch, classes)."""
+        g = problem.gradient(u, p)
+        cosine = (g * problem.values).sum() / (g.norm().clamp_min(1e-20) * problem.values.norm())
+        return 1 - cosine + self.tv * total_variation(u)
+
     def recover(self, problem: Problem) -> Recovery:
         """See `GradientInversion.recover`."""
         assert problem.labels is not None
         p = problem.one_hot(problem.labels)
-        length = problem.values.norm()
-
-        def objective(u: Tensor) -> Tensor:
-            g = problem.gradient(u, p)
-            cosine = (g * problem.values).sum() / (g.norm().clamp_min(1e-20) * length)
-            return 1 - cosine + self.tv * total_variation(u)
-
-        slopes = Slopes(objective)
+        slopes = Slopes(lambda point: self.objective(problem, point, p))
         u = problem.starts(self.restarts, self.start)
         first, second = torch.zeros_like(u), torch.zeros_like(u)
         best, least = u.clone(), torch.full((len(u),), torch.inf).to(u)

@@ -20,8 +20,9 @@ from robust.rng import Draws
 class ModelInversion(InversionAttack):
     """Model inversion (Fredrikson et al. 2015, DOI 10.1145/2810103.2813677): the class's most confident image.
 
-    Descends the paper's cost 1 - p_c(x) (Algorithm 1, MI-Face), here with a total variation and the squared distance to
-    a prior as the auxiliary term, by Adam inside the box; the point of the least cost counts.
+    Descends -log p_c(x), which is least where the paper's cost 1 - p_c is (Algorithm 1, MI-Face) and has a slope also
+    where the model is sure of another class; a total variation and the squared distance to a prior are the auxiliary
+    term. By Adam inside the box; the point of the least cost counts.
 
     Attributes:
         steps: at most. step_size: of Adam, in widths of the box.
@@ -34,8 +35,8 @@ class ModelInversion(InversionAttack):
     sees: ClassVar[Literal["gradient", "confidences"]] = "confidences"
     steps: int = 500
     step_size: float = 0.02
-    tv: float = 0.1
-    pull: float = 0.1
+    tv: float = 1.0
+    pull: float = 10.0
     goal: float = 0.0
     start: Literal["noise", "grey", "prior"] = "prior"
 
@@ -78,10 +79,10 @@ class ModelInversion(InversionAttack):
         taken = 0
         for step in range(self.steps):
             u.requires_grad_()
-            chance = clf(u * (high - low) + low).softmax(1)
-            if step == 0 and int(goal.max()) >= chance.shape[1]:
-                raise ConfigError(f"{self.name}: class {int(goal.max())}, and {clf.name} has {chance.shape[1]}")
-            doubt = 1 - chance.gather(1, goal[:, None])[:, 0]
+            logs = clf(u * (high - low) + low).log_softmax(1)
+            if step == 0 and int(goal.max()) >= logs.shape[1]:
+                raise ConfigError(f"{self.name}: class {int(goal.max())}, and {clf.name} has {logs.shape[1]}")
+            doubt = -logs.gather(1, goal[:, None])[:, 0]
             extra = torch.stack([total_variation(image) for image in u]) * self.tv
             cost = doubt + extra + self.pull * (u - anchor).square().flatten(1).mean(1)
             (slope,) = torch.autograd.grad(cost.sum(), u)
@@ -89,7 +90,7 @@ class ModelInversion(InversionAttack):
             better = (value < least) & ~done
             least, best[better] = torch.where(better, value, least), u[better]
             track[:, step] = least.cpu()
-            done |= doubt.detach() <= self.goal
+            done |= -torch.expm1(-doubt.detach()) <= self.goal
             if bool(done.all()):
                 break
             first.lerp_(slope, 0.1)
