@@ -81,8 +81,7 @@ class Watched:
         """A flat gradient as one tensor for each parameter."""
         sizes = [self.weights[name].numel() for name in self.names]
         return [
-            part.view_as(self.weights[name])
-            for name, part in zip(self.names, flat.split(sizes), strict=True)
+            part.view_as(self.weights[name]) for name, part in zip(self.names, flat.split(sizes), strict=True)
         ]
 
     def classes(self, x: Tensor) -> int:
@@ -130,9 +129,13 @@ class Protocol:
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ConfigError(f"clip={self.clip} bounds nothing; give a positive norm such as 1.0")
         if not 0 <= self.noise < math.inf or (self.noise and self.clip is None):
-            raise ConfigError(f"noise={self.noise} is a multiple of clip={self.clip}; give both, noise at least 0")
+            raise ConfigError(
+                f"noise={self.noise} is a multiple of clip={self.clip}; give both, noise at least 0"
+            )
         if not 0 < self.keep <= 1 or self.bits not in (None, 4, 8):
-            raise ConfigError(f"keep={self.keep}, bits={self.bits}: a fraction of at most 1, and 8, 4 or none")
+            raise ConfigError(
+                f"keep={self.keep}, bits={self.bits}: a fraction of at most 1, and 8, 4 or none"
+            )
 
     def expected(self, model: Watched, x: Tensor, p: Tensor) -> Tensor:
         """(n,) the gradient of these samples without noise and compression; it can be differentiated by x and p.
@@ -158,7 +161,9 @@ class Protocol:
             ConfigError: another number of samples than `batch`, in one line.
         """
         if len(x) != self.batch or y.shape != (self.batch,):
-            raise ConfigError(f"{len(x)} samples, labels {tuple(y.shape)}: a step takes batch={self.batch} of each")
+            raise ConfigError(
+                f"{len(x)} samples, labels {tuple(y.shape)}: a step takes batch={self.batch} of each"
+            )
         x = x.to(model.clf.device, model.dtype)
         with model.clf.session():
             p = F.one_hot(y.to(x.device).long(), model.classes(x)).to(x)
@@ -202,7 +207,8 @@ def clipped(flat: Tensor, clip: float | None) -> Tensor:
     """A gradient (n,) scaled down to at most the norm `clip`; None leaves it."""
     if clip is None:
         return flat
-    return flat * (clip / flat.norm().clamp_min(_TINY)).clamp_max(1.0)
+    shrunk: Tensor = flat * (clip / flat.norm().clamp_min(_TINY)).clamp_max(1.0)
+    return shrunk
 
 
 def watched_gradient(parts: Sequence[Tensor], model: Watched, name: str) -> Tensor:
@@ -214,16 +220,22 @@ def watched_gradient(parts: Sequence[Tensor], model: Watched, name: str) -> Tens
     wanted = [tuple(model.weights[key].shape) for key in model.names]
     given = [tuple(part.shape) for part in parts]
     if given != wanted:
-        place = next((k for k, pair in enumerate(zip(given, wanted, strict=False)) if pair[0] != pair[1]), None)
+        place = next(
+            (k for k, pair in enumerate(zip(given, wanted, strict=False)) if pair[0] != pair[1]), None
+        )
         where = (
             f"{len(given)} tensors for {len(wanted)} parameters"
             if place is None
             else f"{given[place]} for the parameter {model.names[place]} {wanted[place]}"
         )
-        raise RobustError(f"{name}: the observed gradient has {where}; give one tensor for each, in their order")
+        raise RobustError(
+            f"{name}: the observed gradient has {where}; give one tensor for each, in their order"
+        )
     flat = torch.cat([part.detach().to(model.clf.device, model.dtype).flatten() for part in parts])
     if not bool(flat.isfinite().all()):
-        raise RobustError(f"{name}: the observed gradient holds NaN or an infinity; nothing can be matched with it")
+        raise RobustError(
+            f"{name}: the observed gradient holds NaN or an infinity; nothing can be matched with it"
+        )
     if not bool(flat.any()):
         raise RobustError(f"{name}: the observed gradient is zero everywhere; it tells nothing")
     return flat

@@ -1,4 +1,4 @@
-"""The page of an inversion run: the table, original and recovered images, curves, doubts and conditions, in one file."""
+"""The page of an inversion run: the table, originals and recovered images, curves, doubts and conditions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ from robust.report_figures import png
 SHOWN = 12  # images of each attack
 _WIDTH, _HEIGHT = 480, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 16, 52
-_TABLE = ("attack", "name", "sees", "psnr", "ssim", "guess_psnr", "guess_ssim", "quartiles", "gain", "labels_right")
+_TABLE: tuple[str, ...] = (
+    "attack",
+    "name",
+    "sees",
+    "psnr",
+    "ssim",
+    "guess_psnr",
+    "guess_ssim",
+    "quartiles",
+    "gain",
+    "labels_right",
+)
 _TABLE += ("objective", "evaluations", "attack_seconds", "falling", "curve", "samples", "confidence")
 
 
@@ -71,7 +82,9 @@ def page(
 
 def settings_text(row: Mapping[str, Any]) -> str:
     """An attack's settings in words."""
-    return ", ".join(f"{key}={value}" for key, value in row.items() if key not in _TABLE and value is not None)
+    return ", ".join(
+        f"{key}={value}" for key, value in row.items() if key not in _TABLE and value is not None
+    )
 
 
 def protocol_text(protocol: Mapping[str, Any]) -> str:
@@ -82,7 +95,9 @@ def protocol_text(protocol: Mapping[str, Any]) -> str:
         parts.append(f"of {protocol['steps']} local steps at rate {protocol['lr']:g}")
     if protocol["clip"] is not None:
         parts.append(f"clipped to {protocol['clip']:g}")
-        parts.append(f"with noise of {protocol['noise']:g} of the clip" if protocol["noise"] else "without noise")
+        parts.append(
+            f"with noise of {protocol['noise']:g} of the clip" if protocol["noise"] else "without noise"
+        )
     if protocol["keep"] < 1:
         parts.append(f"the largest {percent(protocol['keep'])} of its entries")
     if protocol["bits"] is not None:

@@ -54,7 +54,9 @@ def best_guess(held_out: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Gu
     return Guess(name, found[name].float())
 
 
-def compared(x: Tensor, true: Tensor, guess: Guess, bounds: tuple[float, float]) -> tuple[list[dict[str, float]], Tensor]:
+def compared(
+    x: Tensor, true: Tensor, guess: Guess, bounds: tuple[float, float]
+) -> tuple[list[dict[str, float]], Tensor]:
     """PSNR and SSIM of each true image's recovery and of the guess, and which recovered row belongs to which image.
 
     Args:

@@ -50,7 +50,8 @@ def ssim(x: Tensor, reference: Tensor, width: float = 1.0) -> Tensor:
     kernel = (line[:, None] * line[None])[None, None]
 
     def smooth(image: Tensor) -> Tensor:
-        return F.conv2d(image.flatten(0, 1)[:, None], kernel).unflatten(0, image.shape[:2])[:, :, 0]
+        smoothed: Tensor = F.conv2d(image.flatten(0, 1)[:, None], kernel).unflatten(0, image.shape[:2])
+        return smoothed[:, :, 0]
 
     mean_a, mean_b = smooth(a), smooth(b)
     variance_a, variance_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
@@ -77,4 +78,6 @@ def matched(x: Tensor, reference: Tensor) -> Tensor:
 
 def _require_alike(x: Tensor, reference: Tensor) -> None:
     if x.shape != reference.shape or x.dim() < 2 or not math.prod(x.shape):
-        raise DataError(f"images {tuple(x.shape)} and {tuple(reference.shape)} cannot be compared; give one shape")
+        raise DataError(
+            f"images {tuple(x.shape)} and {tuple(reference.shape)} cannot be compared; give one shape"
+        )

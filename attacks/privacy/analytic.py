@@ -42,10 +42,15 @@ class AnalyticFC(GradientInversion):
         """See `GradientInversion.recover`."""
         layer = first_layer(problem.model, problem.shape, self.name)
         parts = dict(zip(problem.model.names, problem.model.split(problem.values), strict=True))
-        weight, bias = parts[f"{layer}.weight" if layer else "weight"], parts[f"{layer}.bias" if layer else "bias"]
+        weight, bias = (
+            parts[f"{layer}.weight" if layer else "weight"],
+            parts[f"{layer}.bias" if layer else "bias"],
+        )
         told = bias.abs() > _FAINT * bias.abs().max()
         if not bool(told.any()):
-            raise RobustError(f"{self.name}: the first layer's bias has no gradient, so that no quotient can be taken")
+            raise RobustError(
+                f"{self.name}: the first layer's bias has no gradient, so that no quotient can be taken"
+            )
         if problem.protocol.batch == 1:
             z = ((bias[:, None] * weight).sum(0) / bias.square().sum())[None]
         else:
@@ -95,7 +100,8 @@ def first_layer(model: Watched, shape: tuple[int, ...], name: str) -> str:
     module, calls = model.clf.module, list[tuple[str, nn.Module, Tensor]]()
     own = {part: key for key, part in module.named_modules() if list(part.parameters(recurse=False))}
     hooks = [
-        part.register_forward_pre_hook(lambda at, given: calls.append((own[at], at, given[0]))) for part in own
+        part.register_forward_pre_hook(lambda at, given: calls.append((own[at], at, given[0])))
+        for part in own
     ]
     low, high = model.clf.bounds
     ramp = torch.linspace(low, high, torch.Size(shape).numel(), device=model.clf.device, dtype=model.dtype)

@@ -48,7 +48,9 @@ class GradientMatching(GradientInversion):
         )
         require(self.name, self.start in STARTS, f"start={self.start!r} is none of {', '.join(STARTS)}")
         require(
-            self.name, self.precision in DTYPES, f"precision={self.precision!r} is none of {', '.join(DTYPES)}"
+            self.name,
+            self.precision in DTYPES,
+            f"precision={self.precision!r} is none of {', '.join(DTYPES)}",
         )
 
     def dtype(self) -> torch.dtype:
@@ -103,15 +105,13 @@ class GradientMatching(GradientInversion):
         for turn in range(0, self.steps, _TURN):
             optimizer.param_groups[0]["max_iter"] = min(_TURN, self.steps - turn)
             last = best.objective
-            value = float(optimizer.step(closure))  # type: ignore[no-untyped-call]
+            value = float(optimizer.step(closure))
             track += [best.objective] * min(_TURN, self.steps - turn)
             if not math.isfinite(value) or best.objective <= self.tolerance or best.objective == last:
                 break
         return best
 
-    def _free(
-        self, problem: Problem, u: Tensor, restart: int
-    ) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    def _free(self, problem: Problem, u: Tensor, restart: int) -> tuple[list[Tensor], Callable[[], Tensor]]:
         """What is sought, the images first, and the labels' probabilities as a function of it."""
         images = u.detach().clone().requires_grad_()
         if problem.labels is not None:
@@ -135,7 +135,7 @@ class _Descent:
 
 @dataclass(frozen=True, kw_only=True)
 class DLG(GradientMatching):
-    """Deep leakage from gradients (Zhu et al. 2019, arXiv:1906.08935): images and labels that give the same gradient."""
+    """Deep leakage from gradients (Zhu et al. 2019, arXiv:1906.08935): images and labels of the same gradient."""
 
     def infers(self) -> bool:
         """See `GradientInversion.infers`."""

@@ -126,7 +126,9 @@ class GradientInversion(InversionAttack):
         """
         protocol = protocol or Protocol()
         if labels is not None and labels.shape != (protocol.batch,):
-            raise ConfigError(f"labels {tuple(labels.shape)} for batch={protocol.batch}; give one for each sample")
+            raise ConfigError(
+                f"labels {tuple(labels.shape)} for batch={protocol.batch}; give one for each sample"
+            )
         low, high = clf.bounds
         model = Watched(clf, self.dtype())  # before the session, which freezes the parameters
         with clf.session():

@@ -56,7 +56,9 @@ class InvertingGradients(GradientInversion):
         )
         require(self.name, self.start in STARTS, f"start={self.start!r} is none of {', '.join(STARTS)}")
         require(
-            self.name, self.precision in DTYPES, f"precision={self.precision!r} is none of {', '.join(DTYPES)}"
+            self.name,
+            self.precision in DTYPES,
+            f"precision={self.precision!r} is none of {', '.join(DTYPES)}",
         )
 
     def dtype(self) -> torch.dtype:
@@ -66,7 +68,7 @@ class InvertingGradients(GradientInversion):
     def objective(self, problem: Problem, u: Tensor, p: Tensor) -> Tensor:
         """What is made small, of images u (batch, C, H, W) in [0, 1] with labels p (batch, classes)."""
         g = problem.gradient(u, p)
-        cosine = (g * problem.values).sum() / (g.norm().clamp_min(1e-20) * problem.values.norm())
+        cosine: Tensor = (g * problem.values).sum() / (g.norm().clamp_min(1e-20) * problem.values.norm())
         return 1 - cosine + self.tv * total_variation(u)
 
     def recover(self, problem: Problem) -> Recovery:

@@ -39,7 +39,7 @@ def infer_labels(
         # Rows are (p_c - [y = c]) h: the label's alone points away from all others, whatever the signs of h are.
         products = rows @ rows.T
         return (products.sum(1) - products.diagonal()).argmin()[None]
-    # Without a bias the rows' sums do, of features that are mostly positive: a scale that nobody knows, like clipping's.
+    # Without a bias the rows' sums do, of features that are mostly positive, but for a scale that nobody knows.
     residual = bias if bias is not None else torch.as_tensor(rows).sum(1)
     chances = _chances(model, shape)
     # Where the scale is unknown, a class that is not in the batch tells it: its residual is p_c times the scale.

@@ -102,11 +102,19 @@ class ModelInversion(InversionAttack):
         return Recovery(x, classes.cpu().long(), float(least.mean()), track, taken, bool(done.all()))
 
     def _start(
-        self, clf: Classifier, classes: Tensor, shape: tuple[int, ...], prior: Tensor | None, seed: int, index: int
+        self,
+        clf: Classifier,
+        classes: Tensor,
+        shape: tuple[int, ...],
+        prior: Tensor | None,
+        seed: int,
+        index: int,
     ) -> tuple[Tensor, Tensor]:
         """The first points (K, C, H, W) and the prior (C, H, W), both in [0, 1]."""
         if classes.dim() != 1 or not len(classes) or classes.is_floating_point() or int(classes.min()) < 0:
-            raise ConfigError(f"{self.name}: classes {tuple(classes.shape)} of {classes.dtype}; give integers (K,)")
+            raise ConfigError(
+                f"{self.name}: classes {tuple(classes.shape)} of {classes.dtype}; give integers (K,)"
+            )
         low, high = clf.bounds
         grey = torch.full(shape, 0.5)
         anchor = grey if prior is None else ((prior.cpu() - low) / (high - low)).float()

@@ -45,7 +45,16 @@ def findings(record: Mapping[str, Any]) -> list[str]:
 
 def tell(record: Mapping[str, Any]) -> str:
     """The findings, a table of all rows, and what it was measured with."""
-    heads = ["network", "gradient", "attack", "PSNR (quartiles)", "above the guess", "SSIM", "guess's", "seconds an image"]
+    heads = [
+        "network",
+        "gradient",
+        "attack",
+        "PSNR (quartiles)",
+        "above the guess",
+        "SSIM",
+        "guess's",
+        "seconds an image",
+    ]
     cells = [
         [
             part["model"], part["what"], _attack(part),

@@ -36,7 +36,9 @@ Attacks = Annotated[
         show_default=False,
     ),
 ]
-Batch = Annotated[int, typer.Option("--batch", metavar="B", help="Samples over which a gradient is averaged.")]
+Batch = Annotated[
+    int, typer.Option("--batch", metavar="B", help="Samples over which a gradient is averaged.")
+]
 Clip = Annotated[
     str | None,
     typer.Option(
@@ -84,7 +86,9 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="RUN", help="The run folder; none keeps nothing.", show_default=False),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, or add attacks to it.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run, or add attacks to it.")
+]
 
 
 def privacy_invert(
@@ -120,13 +124,17 @@ def privacy_invert(
     attacks = make_attacks(attack or [ATTACK])
     protocol = make_protocol(batch, dp_clip, dp_noise, compress or [], local_steps, local_lr)
     if n % batch:
-        raise ConfigError(f"--batch: {n} samples make no whole batches of {batch}; give --n as a multiple of it")
+        raise ConfigError(
+            f"--batch: {n} samples make no whole batches of {batch}; give --n as a multiple of it"
+        )
     if held_out < 1:
         raise ConfigError(f"--held-out: {held_out} samples give no guess; give at least 1")
     if untrained and weights is not None:
         raise ConfigError(f"--untrained takes random weights, and --weights {weights}; leave out one of them")
     if subject.deployed:
-        raise ConfigError(f"{subject.model} gives answers only; an observer of gradients has the model itself")
+        raise ConfigError(
+            f"{subject.model} gives answers only; an observer of gradients has the model itself"
+        )
     options.check_writable(out)
     with resumable(out), warnings.catch_warnings(), Meter("loading", quiet=as_json) as meter:
         options.hush()

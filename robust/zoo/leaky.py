@@ -17,7 +17,12 @@ class LeakyLeNet(nn.Module):
     """
 
     def __init__(
-        self, activation: type[nn.Module], classes: int, channels: int, width: int, spread: float | None = None
+        self,
+        activation: type[nn.Module],
+        classes: int,
+        channels: int,
+        width: int,
+        spread: float | None = None,
     ) -> None:
         super().__init__()
         self.features = nn.Sequential(

@@ -41,8 +41,8 @@ def perceptron() -> nn.Module:
 def sigmoid() -> nn.Module:
     """A tiny ConvNet with sigmoids, weights as DLG draws them."""
     net = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1, stride=2), nn.Sigmoid(), nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(), nn.Flatten(),
-        nn.Linear(128, 10),
+        nn.Conv2d(1, 8, 3, padding=1, stride=2), nn.Sigmoid(), nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(),
+        nn.Flatten(), nn.Linear(128, 10),
     )  # fmt: skip
     for parameter in net.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)

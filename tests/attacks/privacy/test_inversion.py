@@ -22,7 +22,9 @@ from tests.attacks.privacy.inversion_parts import SHAPE, digits, linear, make, p
 NORMALISED = {"mean": 0.3, "std": 0.25, "bounds": (-1.0, 1.0)}
 
 
-def recovered(name: str, clf: Classifier, rows: slice, protocol: Protocol | None = None, **settings: Any) -> Tensor:
+def recovered(
+    name: str, clf: Classifier, rows: slice, protocol: Protocol | None = None, **settings: Any
+) -> Tensor:
     """PSNR of each digit, each matched with the recovered image that is nearest."""
     observe, x, _ = seen(clf, rows, protocol)
     found = get(name)(**settings)(clf, observe, shape=SHAPE, protocol=protocol)
@@ -31,7 +33,9 @@ def recovered(name: str, clf: Classifier, rows: slice, protocol: Protocol | None
 
 @pytest.mark.parametrize("build", [linear, perceptron])
 @pytest.mark.parametrize("options", [{}, NORMALISED])
-def test_a_first_linear_layer_gives_its_input_away(build: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+def test_a_first_linear_layer_gives_its_input_away(
+    build: Callable[[], nn.Module], options: dict[str, Any]
+) -> None:
     for row in range(3):
         assert recovered("analytic-fc", make(build, **options), slice(row, row + 1)).min() > 60
 
@@ -56,7 +60,10 @@ def test_units_that_one_sample_alone_activates_give_samples_of_a_batch_away() ->
 
 
 def test_the_quotient_needs_a_first_linear_layer_with_bias() -> None:
-    for build, begins in ((sigmoid, "Conv2d"), (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10, False)), "Linear")):
+    for build, begins in (
+        (sigmoid, "Conv2d"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10, False)), "Linear"),
+    ):
         clf = make(build)
         with pytest.raises(RobustError, match=f"first layer is linear, with a bias, .* begins with {begins}"):
             get("analytic-fc")()(clf, seen(clf, slice(0, 1))[0], shape=SHAPE)
@@ -115,14 +122,20 @@ def test_slopes_of_the_objective_equal_finite_differences(
     sent = values != 0 if protocol.keep < 1 else None
     problem = Problem(model, values, sent, protocol, SHAPE, 10, y, None, 0, 0)
     attack, p = get(name)(precision="float64"), problem.one_hot(y)
-    u = (0.2 + 0.6 * torch.rand(x.shape, generator=torch.Generator().manual_seed(1))).double().requires_grad_()
+    u = (
+        (0.2 + 0.6 * torch.rand(x.shape, generator=torch.Generator().manual_seed(1)))
+        .double()
+        .requires_grad_()
+    )
     with clf.session():
         (slope,) = torch.autograd.grad(attack.objective(problem, u, p), u)
         for seed in range(3):
             way = torch.randn(u.shape, generator=torch.Generator().manual_seed(seed)).double()
             step = 1e-6
             ends = [float(attack.objective(problem, u.detach() + sign * step * way, p)) for sign in (1, -1)]
-            assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float((slope * way).sum()), rel=1e-4, abs=1e-8)
+            assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(
+                float((slope * way).sum()), rel=1e-4, abs=1e-8
+            )
 
 
 @pytest.mark.parametrize("name", ["dlg", "idlg"])
@@ -186,5 +199,5 @@ def test_a_class_is_drawn_until_the_model_is_sure() -> None:
     assert isinstance(clf, Classifier)
     found = get("model-inversion")(steps=60)(clf, torch.arange(10), shape=SHAPE)
     assert (clf.logits(found.x).argmax(1) == torch.arange(10)).all()
-    with pytest.raises(ConfigError, match="class 10, and .* has 10"):
+    with pytest.raises(ConfigError, match=r"class 10, and .* has 10"):
         get("model-inversion")(steps=1)(clf, torch.tensor([10]), shape=SHAPE)
