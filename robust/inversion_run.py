@@ -1,8 +1,8 @@
 """An inversion run: what an observer sees of training steps, what attacks make of it, and how good that is.
 
 The run's folder grows part by part, and a killed run goes on: ``recovered/`` has what each attack made of each step, or
-of each class. At the end ``inversion.json`` has the table, every sample and the curves of the objective, ``report.html``
-the same with pictures, and ``digests.json`` their hashes.
+of each class. At the end ``inversion.json`` has the table, every sample and the objectives' curves, ``report.html`` the
+same with pictures, and ``digests.json`` their hashes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m robust.experiments.privacy.inversion OUT RECORD [--data imagefolder:DIR] [--n 20] [--restarts 4]
 
 OUT keeps every recovered image, and for each row of the table a report with pictures: a killed run goes on with the
-same command. RECORD becomes inversion.json. The private gradient is that of DP-SGD on one image: clipped to norm 1, with
-noise of a tenth of the clip. There the attacker is given the label, and tries besides twice the steps from several
+same command. RECORD becomes inversion.json. The private gradient is that of DP-SGD on one image: clipped to norm 1,
+with noise of a tenth of the clip. There the attacker is given the label, and tries besides twice the steps from several
 starts, and a start from the best guess with a strong prior: one that stops early would prove nothing.
 """
 

@@ -60,7 +60,7 @@ def test_a_run_keeps_what_it_tells_and_takes_further_attacks(
 def test_a_run_that_is_killed_goes_on_to_the_same_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*COMMAND[:-3], "6", "--held-out", "40", "--attack", "inverting-gradients:steps=30"]
+    command = [*COMMAND[:-3], "4", "--held-out", "40", "--attack", "inverting-gradients:steps=30"]
     parts = tmp_path / "i" / "recovered"
     killed = Command(tmp_path / "said", *command, "--out", str(tmp_path / "i"))
     for _ in range(6000):
@@ -69,7 +69,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_numbers(
         time.sleep(0.01)
     killed.kill()
     before = {path: path.stat().st_mtime_ns for path in parts.glob("*.safetensors")}
-    assert 1 <= len(before) <= 6
+    assert 1 <= len(before) <= 4
     resumed = answer([*command, "--out", str(tmp_path / "i"), "--resume"], capsys)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     fresh = answer(command, capsys)
