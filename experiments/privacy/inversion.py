@@ -63,7 +63,7 @@ def rows(restarts: int, share: float = 1.0) -> list[Row]:
     for model, (name, usual) in STEPS.items():
         steps = max(1, round(share * usual))
         attack, begun = get(name), get("inverting-gradients")
-        guessing = begun(steps=max(1, round(share * 600)), start="prior", tv=0.3)
+        guessing = begun(steps=max(1, round(share * 600)), start="prior", tv=1.0)
         found += [
             Row(f"{model}-plain", model, attack(steps=steps), PLAIN, "plain"),
             Row(f"{model}-noised", model, attack(steps=steps), NOISED, "noised"),
