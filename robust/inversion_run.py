@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -201,9 +202,10 @@ def _effort(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
     """What an attack took, and how its objective fell (on the step whose own is the median)."""
     numbers = torch.stack([part["numbers"] for part in parts])
     middle = int(numbers[:, 0].argsort()[(len(numbers) - 1) // 2])
+    objective = float(numbers[middle, 0])
     falling = [still_falling(part["track"]) for part in parts if not bool(part["numbers"][2])]
     return {
-        "objective": float(numbers[middle, 0]),
+        "objective": objective if math.isfinite(objective) else None,  # every start ended in NaN
         "evaluations": int(numbers[:, 1].sum()),
         "attack_seconds": float(numbers[:, 3].sum()),
         "falling": sorted(falling)[len(falling) // 2] if falling else 0.0,

@@ -92,6 +92,8 @@ class InvertingGradients(GradientInversion):
             size = self.step_size * 0.1 ** sum(step >= drop * self.steps for drop in _DROPS)
             unbiased = (second / (1 - _BETAS[1] ** (step + 1))).sqrt() + _SMALL
             u = (u - size * first / (1 - _BETAS[0] ** (step + 1)) / unbiased).clamp(0, 1)
+        # A stacked pass looks like one to the counter.
+        problem.model.evaluations = self.steps * len(u) * problem.protocol.batch * problem.protocol.steps
         row = int(least.nan_to_num(torch.inf).argmin())
         return Recovery(best[row], problem.labels, float(least[row]), track, 0)
 

@@ -190,6 +190,7 @@ def test_stacked_restarts_find_what_each_one_finds_alone() -> None:
     assert torch.allclose(three.track[0], one.track[0], rtol=1e-4)
     assert three.objective == pytest.approx(float(three.track[:, -1].min()), rel=1e-5)
     assert three.objective <= one.objective * (1 + 1e-6)
+    assert (one.evaluations, three.evaluations) == (40, 120)
 
 
 def test_a_class_is_drawn_until_the_model_is_sure() -> None:
