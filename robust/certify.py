@@ -18,6 +18,7 @@ import torch
 
 from robust import __version__
 from robust.certificate import Certificate, Record
+from robust.claim import claiming
 from robust.data import Data
 from robust.digest import data_digest, file_digest, read_json, sample_digest, write_atomic, write_json
 from robust.errors import RunError
@@ -40,6 +41,7 @@ def held(record: Record, radius: float) -> bool:
     return bool(record["class"] == record["label"] and record["radius"] >= radius)
 
 
+@claiming
 def run_certificate(
     certificate: Certificate,
     data: Data,

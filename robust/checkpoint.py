@@ -54,25 +54,43 @@ def prepare_folder(out: str | Path, resume: bool) -> Path:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    secret: bool = False,
 ) -> None:
-    """Write a safetensors file that is either whole or absent: a temporary file, flushed to disk, then renamed."""
+    """Write a safetensors file that is either whole or absent: a temporary file, flushed to disk, then renamed.
+
+    A `secret` one is for its owner's eyes only.
+    """
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_atomic(path, save(copies, metadata=dict(metadata or {"format": "pt"})))
+    write_atomic(path, save(copies, metadata=dict(metadata or {"format": "pt"})), secret=secret)
 
 
 def save_checkpoint(
-    folder: Path, place: Place, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    folder: Path,
+    place: Place,
+    identity: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    secret: bool = False,
 ) -> None:
     """The tensors that the next step depends on, the place, and the `identity` of the training they belong to."""
     header = {"place": json.dumps(vars(place)), "identity": json.dumps(identity, sort_keys=True)}
-    write_tensors(folder / CHECKPOINT, tensors, header)
+    write_tensors(folder / CHECKPOINT, tensors, header, secret=secret)
 
 
 def load_checkpoint(
-    folder: Path, identity: Mapping[str, Any], restore: Callable[[dict[str, Tensor]], None]
+    folder: Path,
+    identity: Mapping[str, Any],
+    restore: Callable[[dict[str, Tensor]], None],
+    ended: Mapping[str, Any] | None = None,
 ) -> Place:
     """Hand the tensors of the checkpoint in `folder`, if there is one, to `restore`; how far the training had come.
+
+    Args:
+        ended: the identity that the checkpoint may have instead, such as one that says less of its data.
 
     Raises:
         RunError: the file is damaged, or belongs to a training with another `identity`.
@@ -85,7 +103,7 @@ def load_checkpoint(
             header = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         place = Place(**json.loads(header["place"]))
-        _same_training(path, json.loads(header["identity"]), json.loads(json.dumps(identity)))
+        _same_training(path, json.loads(header["identity"]), _plain(identity), _plain(ended or identity))
         restore(tensors)
     except RobustError:
         raise
@@ -105,9 +123,16 @@ def named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in tensors.items()}
 
 
-def _same_training(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _plain(identity: Mapping[str, Any]) -> Any:
+    """As it is read again."""
+    return json.loads(json.dumps(identity))
+
+
+def _same_training(
+    path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], ended: Mapping[str, Any]
+) -> None:
     for name in {**stored, **wanted}:
-        if stored.get(name) != wanted.get(name):
+        if stored.get(name) not in (wanted.get(name), ended.get(name)):
             raise RunError(
                 f"{path} belongs to a training with {name}={stored.get(name)}, not {wanted.get(name)}; "
                 "resume with the same, or choose another out folder"

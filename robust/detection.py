@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust.claim import claiming
 from robust.classifier import Classifier
 from robust.conditions import conditions
 from robust.detection_queries import measure_queries
@@ -93,6 +94,7 @@ class Question:
         }
 
 
+@claiming
 def run_detection(
     question: Question,
     *,

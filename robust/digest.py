@@ -47,11 +47,15 @@ def file_digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
+def write_atomic(path: Path, content: bytes, *, secret: bool = False) -> None:
+    """Writes a file that is there whole or not at all; a `secret` one only its owner may read."""
     temporary = path.with_name(f".{path.name}.part")
+    mode = 0o600 if secret else 0o666  # what the user's mask leaves of it
+    alone = os.O_EXCL if secret else 0
     try:
-        with temporary.open("wb") as stream:
+        if secret:  # a file that lies there, or a link, would keep its own mode and readers
+            temporary.unlink(missing_ok=True)
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags | alone, mode)) as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robust.adaptive import KINDS, run_unaware
 from robust.answers import AnswerLog
+from robust.claim import claiming
 from robust.classifier import Classifier, RobustWarning
 from robust.cost import Cost
 from robust.decide import outcome
@@ -33,6 +34,7 @@ from robust.verdict import Verdict
 Progress = Callable[[float, str], None]
 
 
+@claiming
 def evaluate(
     model: Classifier | Oracle,
     x: Any,

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from robust.checkpoint import prepare_folder
+from robust.claim import claimed
 from robust.classifier import Classifier
 from robust.errors import RunError
 from robust.optimise import Settings, make_settings
 from robust.parallel import join_group
+from robust.privacy import Privacy
+from robust.private import PrivateTraining
 from robust.recipe import Loss, Recipe
 from robust.samples import load_samples
 from robust.trainer import Augmentation, Progress, Training, Validation, Watch
@@ -63,6 +66,7 @@ def fit(
     checkpoint_seconds: float = 30.0,
     progress: Callable[[Progress], None] | None = None,
     tensorboard: bool = False,
+    privacy: Privacy | None = None,
     record: Mapping[str, Any] | None = None,
     **walk: Any,
 ) -> FitResult:
@@ -84,21 +88,27 @@ def fit(
         checkpoint_seconds: time between two checkpoints.
         progress: called after every step.
         tensorboard: write the history as scalars to `out`/tensorboard.
+        privacy: train with differential privacy. `loss` must then be a mean over samples, `model` be without batch
+            normalisation, and `valid` and `keep` look at public data only: what they tell is not counted.
         record: what `train.json` should say besides, for example the configuration of the run.
         walk: the fields of `robust.optimise.Settings`: `epochs`, which must be given, `batch_size`, `lr`, `optimizer`,
             `schedule`, `ema`, `seed`, `precision`, …
 
     Raises:
-        ConfigError: a field of the walk is unknown, or its value makes no sense.
+        ConfigError: a field of the walk is unknown, its value makes no sense, or it cannot be combined with `privacy`.
+        ModelError: the model cannot be trained on such data, or not with `privacy`.
         RunError: the loss became NaN or infinite, or `out` cannot be written or resumed.
     """
     settings = make_settings(walk)
     given = model if isinstance(model, Classifier) else Classifier(model, device=device)
     group = join_group()
-    training = Training(given, *load_samples(data), settings, loss, augment, Watch(valid, keep), group)
-    if tensorboard and out is None:
-        raise RunError("tensorboard=True has nowhere to write to; give out, the run folder")
-    folder = None if out is None else prepare_folder(out, resume or not group.writes)
-    training.run(folder, checkpoint_seconds, progress, tensorboard)
-    found, place = training.summary(folder, record or {}), training.place
+    parts = (given, *load_samples(data), settings, loss, augment, Watch(valid, keep), group)
+    training = Training(*parts) if privacy is None else PrivateTraining(*parts, privacy)
+    with training.closing():
+        if tensorboard and out is None:
+            raise RunError("tensorboard=True has nowhere to write to; give out, the run folder")
+        with claimed(out if group.writes else None):
+            folder = None if out is None else prepare_folder(out, resume or not group.writes)
+            training.run(folder, checkpoint_seconds, progress, tensorboard)
+            found, place = training.summary(folder, record or {}), training.place
     return FitResult(given, place.history, place.seconds, settings, found, folder)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from robust.adaptive import KINDS
+from robust.claim import claiming
 from robust.classifier import Classifier
 from robust.conditions import conditions
 from robust.data import Data
@@ -126,6 +127,7 @@ def _check_names(names: Sequence[str], setup: Setup) -> None:
                 raise ConfigError(f"the {what} {name} is given twice")
 
 
+@claiming
 def measure(
     rows: Sequence[Row],
     setup: Setup,

@@ -77,6 +77,14 @@ class Recipe:
         return []
 
     @classmethod
+    def unprivate(cls, **chosen: Any) -> str:
+        """Why, with these fields, a weight gradient is not the mean of one for each sample alone; empty if it is.
+
+        Differentially private training clips each sample's gradient, and refuses such a recipe with this reason.
+        """
+        return ""
+
+    @classmethod
     def gradients(cls, **chosen: Any) -> float:
         """Gradients, of inputs or weights, that a step takes for each sample, about, with these fields."""
         return 1.0

@@ -5,8 +5,8 @@ keyed by (seed, key of the model, step). So the weights it ends with do not depe
 is trained beside, on the engine, or on an interruption.
 
 **Engines.** "vmap" trains the models of a chunk in one pass over stacked parameters, "loop" one model after another, as
-many at a time as torch has threads, each on one thread. Measured on one core of a CPU (AMD EPYC, torch 2.15), time per
-model beside a loop in the same arithmetic: convolutional networks of three layers are 1.3 to 1.5 times slower under
+many at a time as torch has threads, each on one thread. Measured on a busy core of a CPU (AMD EPYC, torch 2.15), time
+per model beside a loop in the same arithmetic: convolutional networks of three layers are 1.3 to 1.5 times slower under
 vmap (a convolution over stacked weights becomes a grouped one), and 2.5 times slower than a loop in bfloat16 and
 channels-last, which vmap gains nothing from; perceptrons are 2.0 to 2.7 times faster. So "auto" loops on a CPU where
 the module convolves, and stacks everywhere else where it can. On a GPU this was not measured.

@@ -6,8 +6,8 @@ import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,7 +49,10 @@ _MODEL, _AVERAGE, _OPTIMIZER, _MEMORY, _KEPT = "model/", "average/", "optimizer/
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: what `progress` is called with after every step."""
+    """Where a training stands: what `progress` is called with after every step.
+
+    The loss is measured on training samples: a private training's has no noise, and is for its owner's eyes only.
+    """
 
     epoch: int
     epochs: int
@@ -98,7 +101,13 @@ class Watch:
 
 
 class Training:
-    """One training: what it works on, and the steps of its loop."""
+    """One training: what it works on, and the steps of its loop.
+
+    Attributes:
+        secret: whether checkpoints are for their owner's eyes only.
+    """
+
+    secret = False
 
     def __init__(
         self,
@@ -164,6 +173,28 @@ class Training:
             "model": type(self.module).__qualname__,
         }
 
+    def told(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What the record, and the checkpoint of a training that is over, say of the identity."""
+        return identity
+
+    @property
+    def more(self) -> bool:
+        """Whether there is a step to take."""
+        return self.place.step < self.steps
+
+    def closing(self) -> AbstractContextManager[None]:
+        """Around everything that is done with this training; what it did to the module, besides training it, ends."""
+        return nullcontext()
+
+    @contextmanager
+    def opened(self, folder: Path | None, identity: dict[str, Any]) -> Iterator[None]:
+        """Around all steps, after a checkpoint was taken up."""
+        yield
+
+    def save(self, folder: Path, identity: dict[str, Any], **chosen: Any) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(folder, self.place, identity, self.state(**chosen), secret=self.secret)
+
     def run(
         self,
         folder: Path | None,
@@ -175,21 +206,21 @@ class Training:
         self.group.spread(self.module)
         identity = {} if folder is None else self.identity()
         if folder is not None:
-            self.place = load_checkpoint(folder, identity, self.restore)
+            self.place = load_checkpoint(folder, identity, self.restore, self.told(identity))
         writes = self.group.writes
         board = Board(folder / "tensorboard", self.place.step) if tensorboard and folder and writes else None
         modes = [(module, module.training) for module in self.module.modules()]
         devices = [self.clf.device] if self.clf.device.type == "cuda" else []
         begun, saved = time.monotonic() - self.place.seconds, time.monotonic()
         try:
-            with torch.random.fork_rng(devices):
-                while self.place.step < self.steps:
+            with self.opened(folder, identity), torch.random.fork_rng(devices):
+                while self.more:
                     epochs = len(self.place.history)
                     loss, rate = self.advance()
                     self.place.seconds = time.monotonic() - begun
                     due = time.monotonic() - saved >= checkpoint_seconds
                     if folder is not None and writes and (due or self.place.step == self.steps):
-                        save_checkpoint(folder, self.place, identity, self.state())
+                        self.save(folder, identity)
                         saved = time.monotonic()
                     if board is not None and len(self.place.history) > epochs:
                         board.write(self.place.history[-1], self.place.step)
@@ -200,7 +231,7 @@ class Training:
                 board.close()
             for module, training in modes:
                 module.training = training
-        if self.watch.keep is not None:
+        if self.watch.keep is not None and self.kept:
             self.module.load_state_dict(self.kept)
         elif self.average is not None:
             self.module.load_state_dict(self.average.state)
@@ -231,7 +262,7 @@ class Training:
         found = {
             **record,
             "schema": 1,
-            "training": self.identity(),
+            "training": self.told(self.identity()),
             "history": self.place.history,
             "kept_epoch": self.watch.best(self.place.history) + 1,
             "warnings": self.recipe.doubts(self.place.history),
@@ -246,11 +277,20 @@ class Training:
                 "python": platform.python_version(),
             },
         }
+        found |= self.extras()
         if folder is not None and self.group.writes:
             write_tensors(folder / WEIGHTS, self.module.state_dict())
             found["weights_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
             write_json(folder / RECORD, found)
         return found
+
+    def extras(self) -> dict[str, Any]:
+        """What the record says besides."""
+        return {}
+
+    def module_seed(self, step: int) -> int:
+        """The seed of what the module draws itself in a step, such as dropout."""
+        return derive(self.settings.seed, "step", step)
 
     def advance(self) -> tuple[float, float]:
         """One step, and the end of the epoch if it was its last; its loss and learning rate."""
@@ -260,7 +300,7 @@ class Training:
         rate = self.settings.learning_rate(step, self.per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(derive(seed, "step", step))  # dropout and whatever else the module draws
+        torch.manual_seed(self.module_seed(step))
         self.module.train()
         value = self.descend(rows, derive(seed, "epoch", epoch), step)
         if self.average is not None:
@@ -322,7 +362,7 @@ class Training:
 
     def finish_epoch(self, epoch: int, rate: float) -> None:
         """Enter the epoch into the history, with what the validation measures on the weights it would end with."""
-        entry = {"epoch": epoch + 1.0, "loss": self.place.loss_sum / (len(self.x) * self.repeats), "lr": rate}
+        entry = self.entry(epoch, rate)
         self.place.loss_sum = 0.0
         averaged = nullcontext() if self.average is None else self.average.applied(self.module)
         with averaged:
@@ -332,6 +372,10 @@ class Training:
             state = self.module.state_dict() if self.average is None else self.average.state
             self.kept = {name: value.detach().clone() for name, value in state.items()}
         warn_of_new_doubts(self.recipe, self.place.history)
+
+    def entry(self, epoch: int, rate: float) -> dict[str, float]:
+        """What the history says of an epoch's steps."""
+        return {"epoch": epoch + 1.0, "loss": self.place.loss_sum / (len(self.x) * self.repeats), "lr": rate}
 
     def probed(self, epoch: int) -> dict[str, float]:
         """What the recipe measures on its training samples, the same ones after every epoch."""

@@ -22,6 +22,7 @@ from robust.fit import FitResult, fit
 from robust.models import load_classifier
 from robust.optimise import Settings
 from robust.parallel import join_group
+from robust.privacy import Privacy
 from robust.recipe import Recipe, require
 from robust.registry import room
 from robust.rng import derive
@@ -123,6 +124,7 @@ class TrainConfig:
         measure: how robustness is measured at the end; None for clean accuracy only.
         hold_out: what is measured after every epoch, and which epoch is kept; None for the last one.
         tensorboard: whether the history is also written for TensorBoard, to the run folder.
+        privacy: the differential privacy that the training shall keep; None for none.
     """
 
     fit: Settings
@@ -137,6 +139,14 @@ class TrainConfig:
     measure: Measurement | None = None
     hold_out: HoldOut | None = None
     tensorboard: bool = False
+    privacy: Privacy | None = None
+
+    def __post_init__(self) -> None:
+        if self.privacy is not None and self.hold_out is not None:
+            raise ConfigError(
+                "hold_out cannot be combined with differential privacy: samples held out are training data too, and "
+                "to choose an epoch by them spends what no accountant counts; leave it out"
+            )
 
     def make_recipe(self) -> Recipe:
         """The recipe with its options; an unknown name or option is one `ConfigError` line."""
@@ -220,6 +230,7 @@ def train_model(
         valid=valid,
         keep=None if held is None else held.kept,
         tensorboard=config.tensorboard,
+        privacy=config.privacy,
         out=out,
         resume=resume,
         progress=progress,
@@ -236,9 +247,12 @@ def train_model(
 def measured(config: TrainConfig, clf: Classifier, data_root: Path | None = None) -> dict[str, Any]:
     """Clean accuracy on the test part, accuracy under PGD where `config.measure` asks for it, and the conditions.
 
-    Data that has one part only (a user's own files) is measured on that part, and ``part`` says so.
+    Data that has one part only (a user's own files) is measured on that part, and ``part`` says so; after a private
+    training it is not, as a number from training samples has no noise: then the accuracy is None.
     """
     test = load_data(config.data, root=data_root)
+    if config.privacy is not None and test.part == "all":
+        return {"part": test.part, "n": 0, "clean_accuracy": None}
     found: dict[str, Any] = {"part": test.part, "n": len(test), "clean_accuracy": accuracy(clf, test)}
     if (how := config.measure) is None:
         return found

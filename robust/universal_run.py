@@ -140,7 +140,8 @@ def learn_and_measure(
     run = UniversalRun({}, change, model, unseen, measured)
     extra: dict[str, Any] = {"control": _again(run, applied(change.control(seed), seed), target, seed)}
     if run.is_patch:
-        extra["printed"] = _again(run, applied(change, seed, printing=True), target, seed)
+        if change.brightness or change.noise:
+            extra["printed"] = _again(run, applied(change, seed, printing=True), target, seed)
         if grid:
             run.grid = _grid(run, seed, progress)
             extra["grid"] = asdict(run.grid)

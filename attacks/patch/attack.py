@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks.base import Targets
+from robust.attacks.patch.likeness import likeness
 from robust.attacks.patch.placement import Ranges, full_size, patch_threat, placed, shape_mask
 from robust.attacks.patch.trained import TrainedPatch, weathered
 from robust.attacks.trial import Trial
@@ -33,7 +34,7 @@ from robust.twin import Precision
 _LEVELS = 255
 _CANDIDATES = 10  # classes that scouts are sent to
 # Rounds of scouts: the share of their steps, and how many go on. Who leads after few steps is rarely who leads at last.
-_ROUNDS = ((0.6, 4), (0.4, 1))
+_ROUNDS = ((0.4, 4), (0.3, 2), (0.3, 1))
 _PLACES = 3  # of every sample, at which scouts are compared
 
 
@@ -48,8 +49,9 @@ class AdversarialPatch(UniversalAttack):
     angle.
 
     Without targets a patch ends at leading to some one class, and the class that the ascent runs into is rarely the
-    best one. So scouts start towards each of the likeliest classes, and one away from the true classes; in two rounds
-    what fools most of the samples, at places of their own, is found and learnt on with the rest of the steps.
+    best one. So scouts start towards each of the likeliest classes, and one away from the true classes; in rounds what
+    fools most of the samples, at places of their own, is found and learnt on with the rest of the steps. Towards a
+    class they start at the picture of one of its samples, which ends higher than noise does.
 
     Attributes:
         share: of the image's area that it covers at scale 1, exactly, its sides in the threat's ratio; `run` makes it
@@ -64,6 +66,9 @@ class AdversarialPatch(UniversalAttack):
         step_size: Adam's first one, as a share of the box's width; it falls to 0 along a half cosine.
         scouting: the share of the steps that all scouts take together, in [0, 1); 0 only leads away from the true
             classes.
+        start: "picture" of a sample of the class that is led to, where there is one, or keyed "noise".
+        restarts: ascents after the scouts, from the next best pictures or other noise; what fools most of the samples
+            is kept.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("patch",)
@@ -77,8 +82,10 @@ class AdversarialPatch(UniversalAttack):
     brightness: float = 0.1
     noise: float = 0.02
     resolution: int = 2
-    step_size: float = 0.2
+    step_size: float = 0.1
     scouting: float = 0.45
+    start: Literal["picture", "noise"] = "picture"
+    restarts: int = 1
 
     @classmethod
     def sized(cls, area: float, height: int, width: int, **fields: Any) -> AdversarialPatch:
@@ -113,46 +120,70 @@ class AdversarialPatch(UniversalAttack):
     def learn(self, trial: Trial, mask: Tensor | None = None) -> TrainedPatch:
         """See `UniversalAttack.learn`."""
         self.check_steps()
-        patch = self._start(trial, mask)
-        hasten(trial, self.steps * min(self.batch, len(trial.x)))
+        blank = self._start(trial, mask)
+        hasten(trial, self.restarts * self.steps * min(self.batch, len(trial.x)))
         low, high = trial.bounds
-        patch, first = self._scout(trial, patch)
+        patch, first = self._scout(trial, blank)
         patch = self._climb(trial, patch, (first, self.steps))
+        if self.restarts > 1:
+            patch = self._again(trial, blank, patch, first)
         levels = ((patch.texture.cpu() - low) / (high - low) * _LEVELS).round() / _LEVELS
         return replace(patch, texture=(low + (high - low) * levels).clamp(low, high))
+
+    def _again(self, trial: Trial, blank: TrainedPatch, found: TrainedPatch, first: int) -> TrainedPatch:
+        """The best of the found patch and of those that further ascents towards its class end at."""
+        best = self._fooled(trial, found), found
+        for restart in range(1, self.restarts):
+            start = replace(
+                blank, texture=self._noise(trial, len(blank.texture), restart), towards=found.towards
+            )
+            start = self._likeness(
+                trial, start, found.towards if found.target is None else found.target, restart
+            )
+            patch = self._climb(trial, start, (first, self.steps), restart)
+            rate = self._fooled(trial, patch)
+            if rate > best[0]:
+                best = rate, patch
+        return best[1]
 
     def _scout(self, trial: Trial, patch: TrainedPatch) -> tuple[TrainedPatch, int]:
         """The most promising start with the class that it leads to, and the steps that finding it took."""
         if trial.targets is not None or not self.scouting:
-            return patch, 0
+            return self._likeness(trial, patch, patch.target), 0
         rivals = torch.bincount(ranking(trial.clean, trial.y)[:, 0], minlength=trial.classes)
         likeliest = rivals.argsort(descending=True, stable=True)[:_CANDIDATES].tolist()
         left, first = [replace(patch, towards=towards) for towards in (*likeliest, None)], 0
+        left = [self._likeness(trial, one, one.towards) for one in left]
         for share, kept in _ROUNDS:
             steps = int(share * self.scouting * self.steps / len(left))
-            if not steps:
-                break
             rates = []
             for k, one in enumerate(left):
-                left[k] = self._climb(trial, one, (first, first + steps))
+                left[k] = self._climb(trial, one, (first, first + steps)) if steps else one
                 rates.append(self._fooled(trial, left[k]))
                 first += steps
             left = [
                 left[k] for k in torch.tensor(rates).argsort(descending=True, stable=True)[:kept].tolist()
             ]
-        return (left[0], first) if first else (patch, 0)
+        return left[0], first
+
+    def _likeness(
+        self, trial: Trial, patch: TrainedPatch, towards: int | None, rank: int = 0
+    ) -> TrainedPatch:
+        return patch if self.start == "noise" or towards is None else likeness(trial, patch, towards, rank)
 
     def _fooled(self, trial: Trial, patch: TrainedPatch) -> float:
-        """The share of the samples that are misclassified with the patch, over some places of each."""
+        """The share of the samples that are led where the patch is to lead, over some places of each."""
         rows, rates = torch.arange(len(trial.x), device=trial.x.device), []
         for place in range(_PLACES):
             seed = derive(trial.seed, "patch/scout", place)
             points = torch.cat([patch.apply(x, seed=seed, index=index) for x, index in _parts(trial)])
             scores = scores_of(trial, where_allowed(trial, rows, points))
-            rates.append(float(misclassified(scores, trial.y).double().mean()))
+            rates.append(float(misclassified(scores, trial.y, trial.targets).double().mean()))
         return sum(rates) / len(rates)
 
-    def _climb(self, trial: Trial, patch: TrainedPatch, steps: tuple[int, int]) -> TrainedPatch:
+    def _climb(
+        self, trial: Trial, patch: TrainedPatch, steps: tuple[int, int], restart: int = 0
+    ) -> TrainedPatch:
         """The patch after the ascent's steps of a range, over which the step size falls, and its history with them."""
         low, high = trial.bounds
         first, last = steps
@@ -162,10 +193,13 @@ class AdversarialPatch(UniversalAttack):
         history = History(self.steps)
         texture = patch.texture.to(trial.x).clone().requires_grad_(True)
         adam = torch.optim.Adam([texture])
-        span = first / self.steps, last / self.steps
-        for step, rows in batches(trial, self.batch, last - first, among, span):
+        # Every restart takes draws of its own.
+        span = restart + first / self.steps, restart + last / self.steps
+        work = (span[0] / self.restarts, span[1] / self.restarts)
+        for step, rows in batches(trial, self.batch, last - first, among, work):
             adam.param_groups[0]["lr"] = self.step_size * (high - low) * falling(step, last - first)
-            texture.grad = -self._gradient(trial, patch, texture, first + step, rows, history)
+            at = restart * self.steps + first + step
+            texture.grad = -self._gradient(trial, patch, texture, at, rows, history)
             adam.step()
             with torch.no_grad():
                 texture.clamp_(low, high)
@@ -191,6 +225,8 @@ class AdversarialPatch(UniversalAttack):
     def _start(self, trial: Trial, mask: Tensor | None) -> TrainedPatch:
         """A patch of keyed noise, and everything else that it is to be."""
         ranges = Ranges(self.rotation, self.min_scale, self.max_scale)
+        if self.start not in ("picture", "noise"):
+            raise RobustError(f"start={self.start!r} is unknown; use 'picture' or 'noise'")
         if min(self.brightness, self.noise) < 0 or not self.step_size > 0 or self.resolution < 1:
             raise RobustError(
                 f"brightness={self.brightness}, noise={self.noise}, step_size={self.step_size}, "
@@ -198,6 +234,8 @@ class AdversarialPatch(UniversalAttack):
             )
         if not 0 <= self.scouting < 1:
             raise RobustError(f"scouting={self.scouting:g}: the scouts take a share of the steps in [0, 1)")
+        if self.restarts < 1:
+            raise RobustError(f"restarts={self.restarts}: at least 1")
         assert isinstance(self.threat, Patch)
         if trial.x.dim() != 4:
             raise DataError(f"patch needs images (N, C, H, W); x is {tuple(trial.x.shape)}")
@@ -209,11 +247,6 @@ class AdversarialPatch(UniversalAttack):
             tuple(mask.shape) != sides or not bool(((mask >= 0) & (mask <= 1)).all()) or not bool(mask.any())
         ):
             raise DataError(f"mask is {tuple(mask.shape)}; it must be {sides}, in [0, 1] and not empty")
-        low, high = trial.bounds
-        noise = Draws(trial.seed, "patch/start", torch.zeros(1, dtype=torch.long)).uniform(channels, *sides)[
-            0
-        ]
-        noise = noise.repeat_interleave(self.resolution, 1).repeat_interleave(self.resolution, 2)
         classes = [] if trial.targets is None else trial.targets.unique().tolist()
         if mask is None:
             # A square's edge is straight at any resolution; a disc's is not.
@@ -221,7 +254,7 @@ class AdversarialPatch(UniversalAttack):
             mask = shape_mask(self.shape, finer * sides[0], finer * sides[1])
         mask = mask.detach().cpu().float()
         return TrainedPatch(
-            texture=low + (high - low) * noise,
+            texture=self._noise(trial, channels),
             mask=mask,
             sides=None if self.share is None else full_size(self.share, mask, sides, (height, width)),
             image=(height, width),
@@ -230,6 +263,16 @@ class AdversarialPatch(UniversalAttack):
             brightness=self.brightness,
             noise=self.noise,
             target=classes[0] if len(classes) == 1 else None,
+        )
+
+    def _noise(self, trial: Trial, channels: int, restart: int = 0) -> Tensor:
+        """A picture of keyed noise, a draw per pixel at scale 1."""
+        assert isinstance(self.threat, Patch)
+        low, high = trial.bounds
+        draws = Draws(trial.seed, "patch/start", torch.zeros(1, dtype=torch.long), restart)
+        (noise,) = draws.uniform(channels, self.threat.height, self.threat.width)
+        return low + (high - low) * noise.repeat_interleave(self.resolution, 1).repeat_interleave(
+            self.resolution, 2
         )
 
 

@@ -15,7 +15,7 @@ from robust.rng import Draws
 from robust.threat import Patch
 
 Shape = Literal["rectangle", "round"]
-_EDGE = 1e-4  # covers nearer to 0 or 1 than this are rounding of the sampling
+_FINER = 4  # points along each side of a pixel, whose mean says how far the patch covers it
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def extents(angle: Tensor, scale: Tensor, patch: tuple[float, float]) -> Tensor:
 def placed(
     x: Tensor, texture: Tensor, mask: Tensor, placements: Placements, size: tuple[float, float] | None = None
 ) -> Tensor:
-    """Images with the patch in them, sampled bilinearly; differentiable in the texture.
+    """Images with the patch in them, its picture sampled bilinearly; differentiable in the texture.
+
+    A pixel at the edge is covered by the share of it that the patch lies on, as a camera would see it.
 
     Args:
         x: (N, C, H, W) images.
@@ -109,23 +111,31 @@ def placed(
         size: the patch's height and width in pixels at scale 1; the mask's own h and w if None.
     """
     texture = texture.expand(len(x), *texture.shape[-3:])
-    grid = _grid(x, placements, (mask.shape[0], mask.shape[1]) if size is None else size)
-    colour = F.grid_sample(texture, grid, padding_mode="border", align_corners=False)
+    patch = (mask.shape[0], mask.shape[1]) if size is None else size
+    colour = F.grid_sample(texture, _grid(x, placements, patch), padding_mode="border", align_corners=False)
     whole = mask.to(x).expand(len(x), 1, *mask.shape)
-    cover = F.grid_sample(whole, grid, padding_mode="zeros", align_corners=False)
-    cover = ((cover - _EDGE) / (1 - 2 * _EDGE)).clamp(0, 1)
+    parts = F.grid_sample(
+        whole, _grid(x, placements, patch, _FINER), mode="nearest", padding_mode="zeros", align_corners=False
+    )
+    cover = F.avg_pool2d(parts, _FINER)
     return x * (1 - cover) + colour * cover
 
 
-def _grid(x: Tensor, placements: Placements, patch: tuple[float, float]) -> Tensor:
-    """(N, H, W, 2) where each pixel of the images lies on the patch, in grid_sample's coordinates (across, down)."""
+def _grid(x: Tensor, placements: Placements, patch: tuple[float, float], finer: int = 1) -> Tensor:
+    """(N, H, W, 2) where each pixel of the images lies on the patch, in grid_sample's coordinates (across, down).
+
+    With `finer` of them, (N, finer · H, finer · W, 2): points evenly over each pixel.
+    """
     radians = placements.angle.to(x) * (math.pi / 180)
     sine, cosine = (value[:, None, None] for value in (radians.sin(), radians.cos()))
     scale, middle_down, middle_across = (
         value.to(x)[:, None, None] for value in (placements.scale, placements.down, placements.across)
     )
-    away_down = torch.arange(x.shape[2], device=x.device, dtype=x.dtype)[None, :, None] - middle_down
-    away_across = torch.arange(x.shape[3], device=x.device, dtype=x.dtype)[None, None] - middle_across
+    rows, columns = (
+        (torch.arange(finer * side, device=x.device, dtype=x.dtype) + 0.5) / finer - 0.5
+        for side in x.shape[2:]
+    )
+    away_down, away_across = rows[None, :, None] - middle_down, columns[None, None] - middle_across
     height, width = patch
     down = (cosine * away_down - sine * away_across) / (scale * height / 2)
     across = (cosine * away_across + sine * away_down) / (scale * width / 2)

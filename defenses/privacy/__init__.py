@@ -20,6 +20,8 @@ REGISTRY = Registry(
         "phase": "robust.defenses.privacy.accounting:Phase",
         "spent": "robust.defenses.privacy.accounting:spent",
         "calibrate": "robust.defenses.privacy.calibrate:calibrate",
+        "fix": "robust.defenses.privacy.checks:fix",
+        "walk": "robust.defenses.privacy.walk:Walk",
         "read-ledger": "robust.defenses.privacy.ledger:read_ledger",
     },
 )

@@ -33,7 +33,8 @@ def problems(model: nn.Module) -> Iterator[str]:
         if isinstance(module, _BatchNorm) and (own or module.training):
             yield (
                 f"{first or where} belongs to a {type(module).__name__}, which mixes the samples of a batch; "
-                "use robust.defenses.privacy.fix(model), which puts GroupNorm in its place"
+                "use robust.defenses.privacy.fix(model), or the model groupnorm:MODEL (robust train --dp-fix), which "
+                "put GroupNorm in its place"
             )
         elif isinstance(module, _InstanceNorm) and module.track_running_stats:
             yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
@@ -109,8 +110,8 @@ class Noise(ABC):
         """(n,) float `flat` with independent noise of standard deviation `std` on every number."""
 
     @abstractmethod
-    def normal(self, step: int) -> float:
-        """One standard normal, independent of those of `add`."""
+    def normal(self, step: int, value: float) -> float:
+        """One standard normal for the number `value`, independent of those of `add`."""
 
     @abstractmethod
     def chosen(self, count: int, rate: float, step: int) -> Tensor:
@@ -122,22 +123,31 @@ class KeyedNoise(Noise):
     """Counter-based noise (Philox): a function of seed and step, so that a resumed training draws the same.
 
     Whoever knows the seed can take the noise away again: keep it as secret as the data. A resumed training sets it.
+
+    Attributes:
+        by_sum: whether noise is a function of the numbers that it covers, too. Then two different sums never get the
+            same noise, which their difference would be free of, not even where a copy of a training goes on with
+            another loss, library or rounding. (A signature's nonce is made from its message for the same reason,
+            RFC 6979.)
     """
 
     seed: int
+    by_sum: bool = False
 
     def add(self, flat: Tensor, std: float, step: int) -> Tensor:
         """See `Noise`."""
         if flat.is_cuda:
             who = torch.zeros(1, dtype=torch.int64, device=flat.device)
-            return noise_batch(flat[None], std, who, step, stream_key(self.seed, "dp-noise"))[0]
+            key = stream_key(self.seed, self._stream("dp-noise", flat))
+            return noise_batch(flat[None], std, who, step, key)[0]
         kind: Any = np.float64 if flat.dtype == torch.float64 else np.float32
-        drawn = self._draws("dp-noise", step).standard_normal(flat.numel(), dtype=kind)
+        drawn = self._draws(self._stream("dp-noise", flat), step).standard_normal(flat.numel(), dtype=kind)
         return torch.from_numpy(drawn).mul_(std).add_(flat)
 
-    def normal(self, step: int) -> float:
+    def normal(self, step: int, value: float) -> float:
         """See `Noise`."""
-        return float(self._draws("dp-count", step).standard_normal())
+        stream = self._stream("dp-count", torch.tensor([value], dtype=torch.float64))
+        return float(self._draws(stream, step).standard_normal())
 
     def chosen(self, count: int, rate: float, step: int) -> Tensor:
         """See `Noise`; number i of a step's stream is sample i's."""
@@ -146,11 +156,32 @@ class KeyedNoise(Noise):
             (uniforms < math.floor(rate * 2**53) * 2.0**-53).nonzero()[0].astype(np.int64)
         )
 
+    def _stream(self, name: str, covered: Tensor) -> str:
+        if not self.by_sum:
+            return name
+        if covered.is_cuda:
+            return f"{name}/{content_key(covered)}"
+        return f"{name}/{hashlib.blake2b(covered.contiguous().numpy().data, digest_size=16).hexdigest()}"
+
     def _draws(self, stream: str, step: int) -> np.random.Generator:
         """numpy's Philox at the place of a step: its streams are long, and drawn in C."""
         low, high = stream_key(self.seed, stream)
         key = np.array([low | high << 32, step], np.uint64)
         return np.random.Generator(np.random.Philox(key=key))
+
+
+def content_key(flat: Tensor) -> int:
+    """A number of 64 bits that depends on every number of (n,) float `flat` and on its place, without leaving its
+    device: bits and places are multiplied and folded twice, and added up modulo 2^64."""
+    bits = flat.view(torch.int64 if flat.dtype == torch.float64 else torch.int32).long()
+    mixed = bits + torch.arange(1, len(bits) + 1, device=flat.device) * _ODD[0]
+    for odd in _ODD[1:]:
+        mixed = (mixed ^ (mixed >> 32)) * odd
+    return int((mixed ^ (mixed >> 32)).sum())
+
+
+# Odd numbers below 2^63 (those of splitmix64 and of the golden ratio), whose products wrap.
+_ODD = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)
 
 
 @dataclass(frozen=True)
@@ -167,7 +198,7 @@ class SecureNoise(Noise):
         noise = torch.from_numpy(self._normals(flat.numel())).to(flat.device)
         return flat.double().add_(noise, alpha=std).to(flat.dtype)
 
-    def normal(self, step: int) -> float:
+    def normal(self, step: int, value: float) -> float:
         """See `Noise`."""
         return float(self._normals(1)[0])
 

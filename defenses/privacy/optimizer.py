@@ -41,6 +41,7 @@ class PrivateOptimizer(Optimizer):
         expected_batch_size: what a sum is divided by, whatever the batch's real size, which is private.
         sample_rate: probability of each sample in a step; None where batches are no Poisson samples.
         history: (noise multiplier, sample rate, steps) in order, for accountants.
+        looks: samples of each backward pass since `zero_grad` or `step`.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class PrivateOptimizer(Optimizer):
         self._fresh: Tensor | None = None
         self._total: Tensor | None = None
         self._fresh_count = self._count = 0.0
+        self.looks: list[int] = []
         self._given: dict[int, tuple[Tensor, int]] = {}
         self._empty = False
         self.engine: Any = None  # `make_private` puts it here
@@ -145,6 +147,7 @@ class PrivateOptimizer(Optimizer):
 
     def consume(self, rows: int, parts: Sequence[Part]) -> None:
         """Clips the gradients of one backward pass and gathers their sum."""
+        self.looks.append(rows)
         scale = float(rows) if self.loss_reduction == "mean" else 1.0  # undoes the loss's mean
         norms = torch.stack([part.norm() for part in parts]) * scale
         lengths, factor = self.clipping.lengths(norms, self.max_grad_norm)
@@ -163,7 +166,7 @@ class PrivateOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops gradients that were not stepped on; the sums of a batch's earlier parts stay."""
         self._fresh, self._fresh_count = None, 0.0
-        self._given = {}
+        self._given, self.looks = {}, []
         self.original_optimizer.zero_grad(set_to_none)
 
     def expect(self, last: bool) -> None:
@@ -200,7 +203,7 @@ class PrivateOptimizer(Optimizer):
         if self._fresh is not None:
             self._total = self._fresh if self._total is None else self._total.add_(self._fresh)
         self._count += self._fresh_count
-        self._fresh, self._fresh_count, self._empty = None, 0.0, False
+        self._fresh, self._fresh_count, self._empty, self.looks = None, 0.0, False, []
 
     def _book(self) -> None:
         if self.step_hook is not None:
@@ -226,7 +229,7 @@ class PrivateOptimizer(Optimizer):
         for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
             parameter.grad = part.view(parameter.shape).to(parameter.dtype)
             self._given[id(parameter)] = (parameter.grad, parameter.grad._version)
-        normal = self.noise.normal(self.steps) if std > 0 and self.clipping.counts else 0.0
+        normal = self.noise.normal(self.steps, self._count) if std > 0 and self.clipping.counts else 0.0
         self.max_grad_norm = self.clipping.moved(
             self.max_grad_norm, self._count, self.expected_batch_size, normal
         )
@@ -257,6 +260,7 @@ class PrivateOptimizer(Optimizer):
         own = {
             "steps": self.steps,
             "seed": self.seed,
+            "by_sum": isinstance(self.noise, KeyedNoise) and self.noise.by_sum,
             "max_grad_norm": self.max_grad_norm,
             "history": [list(entry) for entry in self.history],
         }
@@ -277,6 +281,6 @@ class PrivateOptimizer(Optimizer):
         self.steps, self.max_grad_norm = int(own["steps"]), float(own["max_grad_norm"])
         self.history = [(float(z), q, int(n)) for z, q, n in own["history"]]
         if isinstance(self.noise, KeyedNoise):
-            self.noise.seed = int(own["seed"])
+            self.noise.seed, self.noise.by_sum = int(own["seed"]), bool(own.get("by_sum"))
         self._fresh = self._total = None
         self._fresh_count = self._count = 0.0

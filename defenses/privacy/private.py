@@ -105,7 +105,7 @@ def _noise(seed: int | None, secure_mode: bool) -> Noise:
         if seed is not None:
             raise ConfigError(f"seed={seed} keys nothing in secure_mode; leave one of them out")
         return SecureNoise()
-    return KeyedNoise(secrets.randbits(63) if seed is None else seed)
+    return KeyedNoise(secrets.randbits(63), by_sum=True) if seed is None else KeyedNoise(seed)
 
 
 def _clipping(clipping: str | Clipping, bound: float | Sequence[float]) -> Clipping:

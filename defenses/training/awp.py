@@ -99,3 +99,8 @@ class AWP(IteratedRecipe):
         """Twice the base's of the weights."""
         trades = chosen.get("base", cls.base) == "trades"
         return super().gradients(**chosen) + (3 if trades else 1)
+
+    @classmethod
+    def unprivate(cls, **chosen: Any) -> str:
+        """The perturbation of the weights."""
+        return "it moves the weights along the batch's own gradient, which no noise covers"

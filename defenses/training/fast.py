@@ -74,6 +74,13 @@ class Fast(SingleStepRecipe):
         return value + self.alignment * misalignment(clean, moved)
 
     @classmethod
+    def unprivate(cls, **chosen: Any) -> str:
+        """With the regulariser, a mean over those samples that have a gradient, differentiated twice."""
+        if chosen.get("alignment", cls.alignment) == 0:
+            return ""
+        return "alignment differentiates a gradient, which cannot be told apart by samples; leave it at 0"
+
+    @classmethod
     def gradients(cls, **chosen: Any) -> float:
         """The step and the weights' gradient; the regulariser's two, and twice as many through them."""
         return 8.0 if chosen.get("alignment", cls.alignment) > 0 else 2.0

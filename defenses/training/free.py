@@ -74,3 +74,8 @@ class Free(SingleStepRecipe):
     def gradients(cls, **chosen: Any) -> float:
         """One, which is what the name says."""
         return 1.0
+
+    @classmethod
+    def unprivate(cls, **chosen: Any) -> str:
+        """Replays, and a perturbation that passes from batch to batch."""
+        return "it takes several steps on the same batch, and hands a perturbation on that no noise covers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,3 +49,8 @@ class Mixup(Recipe):
         logits = clf(column * x + (1 - column) * x[partner])
         own, other = (F.cross_entropy(logits, label, reduction="none") for label in (y, y[partner]))
         return (share * own + (1 - share) * other).mean()
+
+    @classmethod
+    def unprivate(cls, **chosen: Any) -> str:
+        """Pairs."""
+        return "it mixes each sample with another one, so that no gradient is one sample's alone"

@@ -44,7 +44,8 @@ def findings(record: Mapping[str, Any]) -> list[str]:
         f"Two reference models, members found at 1 %: {told}.",
         f"Right on members and others: {right} plain, {other} at epsilon {hidden['epsilon']:.2f}, delta "
         f"{hidden['delta']:g} (noise {hidden['noise_multiplier']:.2f}, {hidden['steps']} steps).",
-        f"At that epsilon, with {hidden['shadows']} reference models trained the same way, "
+        f"The private models are trained on {hidden['trained_on']:,} images each, and attacked on "
+        f"{hidden['attacked']:,}; with {hidden['shadows']} reference models trained the same way, "
         + ("no attack is above chance." if not above else f"above chance: {', '.join(above)}."),
     ]
 

@@ -44,9 +44,11 @@ class Case:
 
 
 FEWER = {"steps": 500}  # towards a class a fifth of the steps is enough
+OFTEN = {"restarts": 4}
+PLAIN = {"brightness": 0.0, "noise": 0.0}  # learnt for rotation, scale and place alone
 CASES = {
-    "patch": Case("patch", floor=0.8),
-    "patch-round": Case("patch", fields={"shape": "round"}, floor=0.8),
+    "patch": Case("patch", fields=OFTEN, floor=0.8),
+    "patch-round": Case("patch", fields={"shape": "round", **OFTEN, **PLAIN}, floor=0.8),
     "patch-to-automobile": Case("patch", "automobile", FEWER, floor=0.5),
     "patch-to-bird": Case("patch", "bird", FEWER, floor=0.5),
     "patch-to-ship": Case("patch", "ship", FEWER, floor=0.5),

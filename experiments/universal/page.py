@@ -61,7 +61,7 @@ def _rates(found: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     rows = []
     for name, record in found.items():
-        printed = record.get("printed")
+        printed = record.get("printed") if record["parameters"].get("brightness") else None
         must = (
             ""
             if record["floor"] is None

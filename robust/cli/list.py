@@ -69,7 +69,7 @@ def list_names(kind: Kind = None, as_json: Json = False) -> None:
 def rows_of(kind: str) -> list[dict[str, Any]]:
     """One row per name of a kind: its card and, for attacks, norms, knowledge, paper and class of cost.
 
-    Of recipes the paper, and how many gradients a step takes for each sample.
+    Of recipes the paper, how many gradients a step takes for each sample, and whether they can be trained privately.
     """
     if kind == "models":
         return _models()
@@ -105,6 +105,8 @@ def _row(registry: Registry, name: str) -> dict[str, Any]:
             "reference models": f"{models} or more" if models else "none",
         }
         row |= {"paper": _papers(row["card"])}
+    if hasattr(item, "unprivate"):
+        row |= {"private": "no" if item.unprivate() else "yes"}
     return row
 
 
@@ -122,6 +124,7 @@ def _cost_class(passes: float) -> str:
 def _models() -> list[dict[str, Any]]:
     """Shipped models first, then the architectures that need weights from a file, then deployed ones."""
     from robust.models import DEPLOYED
+    from robust.models import REGISTRY as KINDS_OF_MODEL
     from robust.zoo import ENTRIES, REGISTRY
 
     shipped = [
@@ -133,6 +136,14 @@ def _models() -> list[dict[str, Any]]:
         for name in REGISTRY
         if name not in ENTRIES
     ]
+    bare.append(
+        {
+            "name": "groupnorm:MODEL",
+            "card": card(KINDS_OF_MODEL.load("groupnorm")),
+            "data": "",
+            "weights": "--weights FILE",
+        }
+    )
     forms = {"onnx": "onnx:FILE", "http": "http://HOST:PORT", "https": "https://HOST"}
     deployed = [
         {"name": forms[kind], "card": card(DEPLOYED.load(kind)), "data": "", "weights": "its own"}

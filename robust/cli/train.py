@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robust.cli import options
+from robust.cli import dp, options
 from robust.cli.progress import Meter, duration
 from robust.errors import ConfigError, RunError
 
@@ -86,6 +86,15 @@ def train(
     out: Out = None,
     resume: Resume = False,
     tensorboard: Board = False,
+    dp_epsilon: dp.Epsilon = None,
+    dp_delta: dp.Delta = None,
+    dp_noise_multiplier: dp.Noise = None,
+    dp_max_grad_norm: dp.Bound = None,
+    dp_clipping: dp.Clipping = None,
+    dp_accountant: dp.Accountant = None,
+    dp_augmentations: dp.Augmentations = None,
+    dp_secure_mode: dp.Secure = False,
+    dp_fix: dp.Fix = False,
     weights: options.Weights = None,
     device: options.Device = None,
     data_root: options.DataRoot = None,
@@ -97,7 +106,14 @@ def train(
     writes = join_group().writes  # of torchrun's processes one reports
     walk = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     plan = _plan(config, model, data, recipe, [*(settings or []), *([f"eps={eps}"] if eps else [])], walk)
-    plan = replace(plan, tensorboard=tensorboard or plan.tensorboard)
+    asked: dict[str, str | int | bool | None] = {
+        "epsilon": dp_epsilon, "delta": dp_delta, "noise_multiplier": dp_noise_multiplier,
+        "max_grad_norm": dp_max_grad_norm, "clipping": dp_clipping, "accountant": dp_accountant,
+        "augmentations": dp_augmentations, "secure_mode": dp_secure_mode,
+    }  # fmt: skip
+    privacy = dp.make_privacy(plan.privacy, asked)
+    spec = dp.fixed(plan.model, dp_fix, privacy is not None)
+    plan = replace(plan, tensorboard=tensorboard or plan.tensorboard, privacy=privacy, model=spec)
     plan.make_recipe()
     _check_paths(weights, data_root)
     folder = out or RUNS / f"train-{plan.recipe}-{plan.data.partition(':')[0]}"
@@ -130,7 +146,8 @@ def _run(
     with Meter("loading", quiet=quiet) as meter:
 
         def tell(event: Progress) -> None:
-            meter(event.step / event.steps, f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.4f}")
+            loss = f", loss {event.loss:.4f}" if plan.privacy is None else ""  # which has no noise
+            meter(event.step / event.steps, f"epoch {event.epoch}/{event.epochs}{loss}")
 
         try:
             return train_model(
@@ -186,7 +203,7 @@ def _data_of(model: str) -> str:
     """The data a shipped model was trained on; every other model has to be told."""
     from robust.zoo import ENTRIES
 
-    entry = ENTRIES.get(model.removeprefix("zoo:"))
+    entry = ENTRIES.get(model.removeprefix(dp.FIX).removeprefix("zoo:"))
     if entry is None:
         raise ConfigError(f"--data is missing: say what {model} shall learn, for example --data mnist")
     return entry.data
@@ -223,7 +240,8 @@ def _summary(
         "warnings": doubts,
         "out": str(folder),
         "recipe": plan.recipe,
-        "loss": result.history[-1]["loss"],
+        "loss": result.history[-1].get("loss") if result.history else None,
+        "privacy": result.record.get("privacy"),
     }
 
 
@@ -231,13 +249,19 @@ def _show(
     plan: TrainConfig, result: FitResult, found: dict[str, Any], doubts: list[str], folder: Path
 ) -> None:
     where = f"{found['n']} {found['part']} samples" if found["part"] != "all" else "the training data itself"
-    rows = [
-        ("loss", f"{result.history[-1]['loss']:.4f} in epoch {len(result.history)}"),
-        ("clean accuracy", f"{options.percent(found['clean_accuracy'])}   on {where}"),
-    ]
+    rows = []
+    if plan.privacy is None:
+        rows += [("loss", f"{result.history[-1]['loss']:.4f} in epoch {len(result.history)}")]
+    if found["clean_accuracy"] is None:
+        rows += [
+            ("clean accuracy", "not measured: there are training samples only, and no noise would cover it")
+        ]
+    else:
+        rows += [("clean accuracy", f"{options.percent(found['clean_accuracy'])}   on {where}")]
     if how := found.get("pgd"):
         name = f"{how['norm']} {options.radius(how['eps'])}, PGD-{how['steps']}, {how['n']} samples"
         rows.append(("under attack", f"{options.percent(found['pgd_accuracy'])}   {name}"))
+    rows += dp.rows_of(result.record)
     rows += [("doubt", line) for line in doubts]
     rows += [("time", duration(result.seconds)), ("weights", str(folder / "model.safetensors"))]
     options.show(f"{plan.model} on {plan.data}: {plan.recipe}, {plan.fit.epochs} epochs", rows)

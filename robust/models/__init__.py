@@ -26,6 +26,7 @@ REGISTRY = Registry(
         "zoo": "robust.models.sources:zoo",
         "torchvision": "robust.models.sources:torchvision",
         "exported": "robust.models.exported:exported",
+        "groupnorm": "robust.models.sources:groupnorm",
     },
 )
 get = REGISTRY.load
@@ -39,7 +40,8 @@ DEPLOYED = Registry(
     },
 )
 
-FORMS = "zoo:NAME, torchvision:NAME, FILE.py:FACTORY, exported:FILE.pt2, onnx:FILE or an http(s) address"
+_NAMED = "zoo:NAME, torchvision:NAME, FILE.py:FACTORY, groupnorm:MODEL, exported:FILE.pt2"
+FORMS = f"{_NAMED}, onnx:FILE or an http(s) address"
 
 __all__ = ["DEPLOYED", "REGISTRY", "get", "is_deployed", "load_classifier", "load_model"]
 
@@ -68,7 +70,8 @@ def load_model(
     Args:
         spec: `zoo:NAME` (a shipped model with its weights, or an architecture), `torchvision:NAME` (an architecture),
             `FILE.py:FACTORY` (a callable without arguments that returns a module, or a Classifier, which is taken as
-            it is), `exported:FILE.pt2` (saved by `torch.export.save`), `onnx:FILE` (run by ONNX Runtime;
+            it is), `groupnorm:MODEL` (one of these with GroupNorm for batch normalisation, as private training wants
+            it), `exported:FILE.pt2` (saved by `torch.export.save`), `onnx:FILE` (run by ONNX Runtime;
             `onnx:FILE#NAME` names the output with the scores) or the address of an endpoint, `http(s)://…`, which
             takes what `robust.wire` says, as `robust serve` does. Python files and exported programs run.
         weights: a safetensors file or a state dict, which is read with `weights_only=True`; for torchvision also
@@ -119,7 +122,7 @@ def _here(
     from robust.classifier import Classifier
     from robust.models.sources import Wanted
 
-    source = _source(spec, Wanted(Path(weights) if weights is not None else None, classes, fresh))
+    source = find_source(spec, Wanted(Path(weights) if weights is not None else None, classes, fresh))
     if isinstance(source.module, Classifier):
         return _as_it_is(source.module, spec, statistics, bounds, place)
     if statistics == (None, None):
@@ -188,8 +191,8 @@ def find_device(device: str | torch.device | None) -> torch.device | None:
     return place
 
 
-def _source(spec: str, wanted: Wanted) -> Source:
-    """The model behind a spec, not yet wrapped."""
+def find_source(spec: str, wanted: Wanted) -> Source:
+    """The model behind a spec of a model that runs in torch, not yet wrapped."""
     kind, colon, rest = spec.partition(":")
     if kind in REGISTRY:
         if not rest:

@@ -15,7 +15,7 @@ from robust import zoo as rooms
 from robust.data.fetch import one_line
 from robust.errors import ModelError, UnknownName
 from robust.models.weights import fit_weights, outputs, read_weights
-from robust.registry import unknown
+from robust.registry import room, unknown
 
 if TYPE_CHECKING:
     from robust.classifier import Classifier
@@ -90,6 +90,24 @@ def _pretrained(name: str, label: str) -> Source:
         ) from None
     transforms = weights.transforms()
     return Source(module, label, tuple(transforms.mean), tuple(transforms.std))
+
+
+def groupnorm(spec: str, wanted: Wanted) -> Source:
+    """Another model with GroupNorm in place of batch normalisation, which can be trained privately."""
+    from robust.models import find_source
+
+    fix = room("defenses.privacy").load("fix")
+    label = f"groupnorm:{spec}"
+
+    def make(classes: int) -> nn.Module:
+        found = find_source(spec, Wanted(classes=classes, fresh=True)).module
+        if not isinstance(found, nn.Module):
+            raise ModelError(f"{label}: {spec} returns a Classifier; give a factory of its module")
+        module: nn.Module = fix(found)
+        return module
+
+    advice = "give weights=FILE, those of a training with this very model"
+    return Source(_architecture(label, make, 10, wanted, advice), label)
 
 
 def _architecture(

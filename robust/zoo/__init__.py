@@ -25,6 +25,8 @@ ARCHITECTURES = {
     "resnet44": "robust.zoo.resnet_cifar:resnet44",
     "resnet56": "robust.zoo.resnet_cifar:resnet56",
     "resnet110": "robust.zoo.resnet_cifar:resnet110",
+    "tanh-cifar10": "robust.zoo.tanhnet:tanh_cifar10",
+    "tanh-mnist": "robust.zoo.tanhnet:tanh_mnist",
 }
 REGISTRY = Registry("model", ARCHITECTURES)
 get = REGISTRY.load
@@ -86,6 +88,15 @@ ENTRIES = {
         data="cifar10",
         recipe="experiments/train/cifar10-convnet.toml",
         card="Standard training on CIFAR-10: undefended, a source and target of transferred perturbations",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+    "cifar10-gaussian": Entry(
+        architecture="resnet20",
+        weights="cifar10-gaussian.safetensors",
+        data="cifar10",
+        recipe="experiments/train/cifar10-gaussian.toml",
+        card="Training under Gaussian noise of sigma 0.25 (Cohen et al. 2019) on CIFAR-10, for randomised smoothing",
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
     ),

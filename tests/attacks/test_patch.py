@@ -24,7 +24,7 @@ from robust.attacks.patch.placement import (
 from robust.attacks.patch.trained import TrainedPatch, weathered
 from robust.classifier import Classifier
 from robust.errors import DataError, RobustError, ThreatError
-from robust.rng import Draws
+from robust.rng import Draws, derive
 from robust.threat import Patch
 from tests.contracts.subjects import small
 
@@ -199,6 +199,55 @@ def test_towards_a_class_the_patch_takes_the_colour_that_the_weights_say() -> No
     assert torch.equal((found.texture * 255).round() / 255, found.texture), "on 256 levels, as it is printed"
 
 
+@pytest.mark.parametrize("scouting", [0.0, 0.5])
+def test_towards_a_class_the_ascent_starts_at_the_picture_that_leads_there_best(scouting: float) -> None:
+    clf, x = Classifier(Tinted().eval()), torch.full((30, 3, 16, 16), 0.5)
+    x[20], x[21] = torch.tensor([0.7, 0.2, 0.5])[:, None, None], torch.tensor([0.9, 0.1, 0.8])[:, None, None]
+    y = torch.zeros(30, dtype=torch.long)
+    y[20:22] = 1
+    fields = {"brightness": 0.0, "noise": 0.0, "step_size": 1e-9, "steps": 40, "scouting": scouting}
+    attack = AdversarialPatch(threat=Patch(height=4, width=4), **fields)  # type: ignore[arg-type]
+    found = attack.fit(clf, x, y, targets=1 if not scouting else None)
+    assert (found.target, found.towards) == ((1, None) if not scouting else (None, 1))
+    assert torch.allclose(found.texture, x[21, :, :8, :8], atol=0.5 / 255 + 1e-6)
+    noise = replace(attack, start="noise").fit(clf, x, y, targets=1)
+    without = attack.fit(clf, x[:20], y[:20], targets=1)
+    assert torch.equal(noise.texture, without.texture), "a class without samples starts at noise"
+    assert float(noise.texture.std()) > 0.2
+
+
+def rate(found: TrainedPatch, clf: Classifier, x: Tensor, y: Tensor, target: int | None) -> float:
+    """The share of samples that the patch leads away, or to the target, over the three places that the search asks."""
+    index, hits = torch.arange(len(x)), 0
+    for place in range(3):
+        seen = clf(found.apply(x, seed=derive(0, "patch/scout", place), index=index)).argmax(1)
+        hits += int((seen != y if target is None else seen == target).sum())
+    return hits / (3 * len(x))
+
+
+@pytest.mark.parametrize("target", [None, 1])
+@pytest.mark.parametrize("start", ["picture", "noise"])
+def test_of_its_restarts_the_patch_that_fools_most_is_kept(start: str, target: int | None) -> None:
+    clf, x, y = small(n=60)
+    if target is not None and start == "noise":
+        x, y = x[y != target], y[y != target]
+    attack = AdversarialPatch(
+        threat=Patch(height=3, width=3),
+        steps=12,
+        batch=20,
+        scouting=0.5,
+        start=start,
+        brightness=0.0,
+        noise=0.0,
+    )  # type: ignore[arg-type]
+    rates = []
+    for restarts in range(1, 7):
+        found = replace(attack, restarts=restarts).fit(clf, x, y, targets=target, precision="float32")
+        rates.append(rate(found, clf, x, y, target))
+    assert rates == sorted(rates), "a further ascent loses nothing"
+    assert rates[-1] > rates[0], "and in the end finds more"
+
+
 def test_run_lies_within_its_threat_and_fit_fools_images_it_has_not_seen() -> None:
     clf, x, y = small(n=120)
     attack = AdversarialPatch(threat=Patch(height=4, width=4), steps=150, batch=20, rotation=10.0)
@@ -305,7 +354,9 @@ def test_what_cannot_be_is_one_line() -> None:
         {"noise": -1.0},
         {"steps": 0},
         {"scouting": 1.0},
+        {"restarts": 0},
         {"shape": "star"},
+        {"start": "middle"},
     ):
         with pytest.raises(RobustError):
             AdversarialPatch(threat=Patch(height=3, width=3), **fields).run(clf, x, y)  # type: ignore[arg-type]

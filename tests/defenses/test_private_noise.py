@@ -49,7 +49,7 @@ def test_steps_and_numbers_are_independent(name: str) -> None:
     one, two = (source.add(torch.zeros(10_001, dtype=torch.float64), 1.0, step) for step in (0, 1))
     for a, b in ((one, two), (one[1:], one[:-1]), (one[:5000].square(), one[5000:10_000].square())):
         assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) < 5 / len(a) ** 0.5
-    counts = [source.normal(step) for step in range(2000)]
+    counts = [source.normal(step, 0.0) for step in range(2000)]
     assert stats.kstest(counts, stats.norm.cdf).pvalue > 1e-3
 
 

@@ -227,7 +227,7 @@ def test_images_that_nothing_can_fool_are_reported_and_not_divided_by() -> None:
 
 def test_an_untargeted_patch_says_which_class_it_leads_to(tmp_path: Path) -> None:
     data = load_data("digits", n=60)
-    attack = room("attacks").load("patch").sized(0.2, 8, 8, steps=60, batch=8)
+    attack = room("attacks").load("patch").sized(0.2, 8, 8, steps=150, batch=8, step_size=0.2)
     found = learn_and_measure(
         attack, load_model("zoo:digits"), data.subset(range(30)), data.subset(range(30, 60)), name="patch"
     )

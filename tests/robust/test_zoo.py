@@ -15,7 +15,7 @@ from robust.errors import ModelError, UnknownName
 from robust.models import load_model
 from robust.zoo.resnet_cifar import CifarResNet, Shortcut
 
-SHAPES = {"lenet5": (1, 28, 28), "digits": (1, 8, 8), "convnet-grey": (1, 28, 28)}
+SHAPES = {"lenet5": (1, 28, 28), "digits": (1, 8, 8), "convnet-grey": (1, 28, 28), "tanh-mnist": (1, 28, 28)}
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -122,19 +122,20 @@ def test_resnet20_reaches_its_accuracy_on_cifar10(shared: Path, cifar10_test: Pa
     assert abs(found - 0.912) <= 0.003
 
 
-def test_the_convnet_brings_its_normalisation_and_is_accurate_on_cifar10(
-    root: Path, cifar10_test: Path
+@pytest.mark.parametrize(("name", "floor"), [("cifar10-convnet", 0.73), ("cifar10-gaussian", 0.6)])
+def test_shipped_networks_bring_their_normalisation_and_are_accurate_on_cifar10(
+    name: str, floor: float, root: Path, cifar10_test: Path
 ) -> None:
     from robust.training import load_train_config
 
-    entry = zoo.ENTRIES["cifar10-convnet"]
+    entry = zoo.ENTRIES[name]
     config = load_train_config(root / entry.recipe)
     assert (entry.mean, entry.std, entry.data) == (config.mean, config.std, config.data)
-    clf = load_model("zoo:cifar10-convnet", device="cpu")
+    clf = load_model(f"zoo:{name}", device="cpu")
     assert clf.mean.flatten().tolist() == pytest.approx(entry.mean)
     x, y = load_data(f"imagefolder:{cifar10_test}", n=1000).tensors()
     found = torch.cat([clf.logits(part).argmax(1) for part in x.split(64)])
-    assert float((found == y).double().mean()) > 0.73
+    assert float((found == y).double().mean()) > floor
 
 
 def test_lenet5_reaches_its_accuracy_on_mnist(shared: Path) -> None:
