@@ -2,5 +2,5 @@
 
 from robust.registry import Registry
 
-REGISTRY = Registry("metric", {})
+REGISTRY = Registry("metric", {"psnr": "robust.similarity:psnr", "ssim": "robust.similarity:ssim"})
 get = REGISTRY.load

@@ -16,6 +16,11 @@ REGISTRY = Registry(
         "label-only-gap": "robust.attacks.privacy.label_only:Gap",
         "label-only-boundary": "robust.attacks.privacy.label_only:Boundary",
         "learned": "robust.attacks.privacy.learned:Learned",
+        "dlg": "robust.attacks.privacy.dlg:DLG",
+        "idlg": "robust.attacks.privacy.dlg:IDLG",
+        "inverting-gradients": "robust.attacks.privacy.inverting:InvertingGradients",
+        "analytic-fc": "robust.attacks.privacy.analytic:AnalyticFC",
+        "model-inversion": "robust.attacks.privacy.model_inversion:ModelInversion",
     },
 )
 get = REGISTRY.load

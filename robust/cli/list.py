@@ -98,7 +98,7 @@ def _row(registry: Registry, name: str) -> dict[str, Any]:
     if hasattr(item, "gradients"):
         row |= {"paper": _papers(row["card"]), "gradients": item.gradients()}
     if hasattr(item, "sees"):
-        models = item().needs()
+        models = item().needs() if hasattr(item, "needs") else 0
         row |= {
             "kind": item.kind,
             "sees": item.sees,

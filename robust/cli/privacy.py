@@ -15,12 +15,14 @@ COMMANDS = Registry(
     {
         "epsilon": "robust.cli.privacy_epsilon:privacy_epsilon",
         "mia": "robust.cli.privacy_mia:privacy_mia",
+        "invert": "robust.cli.privacy_invert:privacy_invert",
     },
 )
 # One line each for `robust privacy --help`.
 HELP = {
     "epsilon": "What a private training costs by every accountant, or what a budget allows.",
     "mia": "Which training samples a model gives away, by membership attacks.",
+    "invert": "What can be seen again of training images in gradients, or of classes in confidences.",
 }
 
 

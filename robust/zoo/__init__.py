@@ -16,6 +16,8 @@ ARCHITECTURES = {
     "convnet": "robust.zoo.convnet:convnet",
     "convnet-grey": "robust.zoo.convnet:convnet_grey",
     "digits": "robust.zoo.digits:DigitsNet",
+    "lenet-relu": "robust.zoo.leaky:lenet_relu",
+    "lenet-sigmoid": "robust.zoo.leaky:lenet_sigmoid",
     "lenet5": "robust.zoo.lenet5:LeNet5",
     "resnet20": "robust.zoo.resnet_cifar:resnet20",
     "resnet20x2": "robust.zoo.resnet_cifar:resnet20x2",
