@@ -7,8 +7,6 @@ same with pictures, and ``digests.json`` their hashes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,7 @@ from robust.detection import Progress, Samples
 from robust.errors import ConfigError
 from robust.inversion import Protocol, Watched
 from robust.inversion_scores import Guess, best_guess, compared, still_falling, summary, thinned
-from robust.part_store import PartStore
+from robust.part_store import PartStore, part_of, planned
 from robust.rng import derive
 
 SCHEMA = 1
@@ -88,13 +86,12 @@ def run_inversion(
         RobustError: a model or settings that an attack cannot do with.
     """
     _check(question)
-    plan = {name: {"attack": attack.name, **attack.config()} for name, attack in question.attacks.items()}
+    plan = planned(question.attacks)
     guess = best_guess(question.held_out.x, question.clf.bounds)
-    store = PartStore(out, question.identity(), resume, json.loads(json.dumps(plan)), ("recovered",))
+    store = PartStore(out, question.identity(), resume, plan, ("recovered",))
     begun, rows, pictures = time.perf_counter(), [], {}
     for number, (name, attack) in enumerate(question.attacks.items()):
-        told = json.dumps(plan[name], sort_keys=True)
-        place = f"recovered/{attack.name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        place = part_of("recovered", plan[name])
 
         def tell(done: float, number: int = number, name: str = name) -> None:
             progress((number + done) / len(question.attacks), name)

@@ -9,7 +9,6 @@ end ``membership.json`` has the table and the curves, ``roc.svg`` the curves dra
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from robust.membership import Evidence, References, halves
 from robust.membership_scores import measure
 from robust.optimise import make_settings
 from robust.oracle import Oracle
-from robust.part_store import PartStore
+from robust.part_store import PartStore, part_of, planned
 from robust.recipe import described
 from robust.rng import derive
 from robust.stacked import Progress, Stacked, first_states, fit_stacked, require_supported
@@ -113,8 +112,8 @@ def run_membership(
         RobustError: attacks that need more than there is.
     """
     _check(question)
-    plan = {name: {"attack": attack.name, **attack.config()} for name, attack in question.attacks.items()}
-    store = PartStore(out, question.identity(), resume, json.loads(json.dumps(plan)), ("answers", "scores"))
+    plan = planned(question.attacks)
+    store = PartStore(out, question.identity(), resume, plan, ("answers", "scores"))
     begun = time.perf_counter()
     models = _train(question, store, progress)
     evidence = _evidence(question, store, models)
@@ -122,8 +121,7 @@ def run_membership(
     for number, (name, attack) in enumerate(question.attacks.items()):
         start = _TRAINING if models is not None else 0.0
         progress(start + (1 - start) * number / len(question.attacks), name)
-        told = json.dumps(plan[name], sort_keys=True)
-        part = f"scores/{attack.name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        part = part_of("scores", plan[name])
         scores = store.tensors(part, lambda attack=attack: {"scores": attack.run(evidence)})["scores"]  # type: ignore[misc]
         rows.append({"name": name, **plan[name], "sees": attack.sees, **measure(scores, members)})
     found = {

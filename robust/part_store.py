@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,18 @@ from robust.digest import file_digest, read_json, write_atomic, write_json
 from robust.errors import RunError
 
 PLAN, SECONDS = "plan.json", "seconds.json"
+
+
+def planned(attacks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Attacks' settings by the names that the table gives them, JSON-ready."""
+    found = {name: {"attack": attack.name, **attack.config()} for name, attack in attacks.items()}
+    return dict(json.loads(json.dumps(found)))
+
+
+def part_of(folder: str, told: Mapping[str, Any]) -> str:
+    """The name of the part that an attack with such settings makes."""
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return f"{folder}/{told['attack']}-{digest[:12]}"
 
 
 class PartStore:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robust.cli import options
-from robust.cli.interrupt import resumable
+from robust.cli.interrupt import Out, Resume, resumable
 from robust.cli.progress import Meter
 from robust.errors import ConfigError, VerificationError
 from robust.registry import room, unknown
@@ -86,11 +86,6 @@ Beside = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="RUN", help="The run folder; none keeps nothing.", show_default=False),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 
 
 def certify(

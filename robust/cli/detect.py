@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robust.cli import options
-from robust.cli.interrupt import resumable
+from robust.cli.interrupt import Out, resumable
 from robust.cli.progress import Meter
 from robust.cli.settings import parted, spread
 from robust.errors import ConfigError, RobustError, UnknownName
@@ -87,10 +87,6 @@ Accounts = Annotated[
 ]
 Queries = Annotated[
     int, typer.Option("--queries", metavar="N", help="similarity: the most queries for each of them.")
-]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="RUN", help="The run folder; none keeps nothing.", show_default=False),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run, or add detectors and attacks to it.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from robust.cli import options, settings
-from robust.cli.interrupt import resumable
+from robust.cli.interrupt import Resume, resumable
 from robust.cli.progress import Meter, duration
 from robust.errors import ConfigError, RunError
 from robust.models.named import FORM, NamedModel, parse_model
@@ -49,7 +49,6 @@ Surrogates = Annotated[
         show_default=False,
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 
 
 def evaluate_model(

@@ -1,12 +1,24 @@
-"""What a command says that its user stopped."""
+"""Runs that can be stopped: where they are kept, and what a command says that its user stopped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from robust.errors import RobustError
+
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="RUN", help="The run folder; none keeps nothing.", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+ResumeMore = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run, or add attacks to it.")
+]
 
 
 class Interrupted(RobustError):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robust.cli import options
-from robust.cli.interrupt import resumable
+from robust.cli.interrupt import Out, ResumeMore, resumable
 from robust.cli.progress import Meter
-from robust.cli.settings import parse_settings, parted, spread
+from robust.cli.settings import make_privacy_attacks, parse_settings
 from robust.errors import ConfigError, UnknownName
-from robust.registry import room, unknown
+from robust.registry import unknown
 
 if TYPE_CHECKING:
     from robust.classifier import Classifier
@@ -82,13 +82,6 @@ HeldOut = Annotated[
         help="Further samples of DATA, from which the image-independent guess is made.",
     ),
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="RUN", help="The run folder; none keeps nothing.", show_default=False),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run, or add attacks to it.")
-]
 
 
 def privacy_invert(
@@ -107,7 +100,7 @@ def privacy_invert(
     n: options.Count = 20,
     seed: options.Seed = 0,
     out: Out = None,
-    resume: Resume = False,
+    resume: ResumeMore = False,
     weights: options.Weights = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -121,7 +114,7 @@ def privacy_invert(
         model, data, "linf", None, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds, device=device,
         data_root=data_root,
     )  # fmt: skip
-    attacks = make_attacks(attack or [ATTACK])
+    attacks = make_privacy_attacks("inversion", attack or [ATTACK])
     protocol = make_protocol(batch, dp_clip, dp_noise, compress or [], local_steps, local_lr)
     if n % batch:
         raise ConfigError(
@@ -147,30 +140,6 @@ def privacy_invert(
         print(json.dumps(told, ensure_ascii=False))
     else:
         show(found, out)
-
-
-def make_attacks(texts: Sequence[str]) -> dict[str, Any]:
-    """``["dlg:steps=300", "idlg,analytic-fc"]`` as attacks by the names the table gives them.
-
-    Raises:
-        ConfigError, UnknownName: one line.
-    """
-    from robust.config import from_mapping
-
-    registry, found = room("attacks.privacy"), dict[str, Any]()
-    known = [row for row in registry if getattr(registry.load(row), "kind", None) == "inversion"]
-    for text in spread(texts):
-        name, given = parted(text, "--attack")
-        if name not in known:
-            raise UnknownName("--attack: " + unknown("inversion attack", name, known))
-        label = " ".join([name, *(f"{key}={value}" for key, value in given.items())])
-        if label in found:
-            raise ConfigError(f"--attack: {label} is given twice")
-        try:
-            found[label] = from_mapping(given, registry.load(name), f"--attack {name}")
-        except ConfigError as error:  # an attack's own errors begin with its name
-            raise ConfigError(str(error).replace(f"{name}: {name}: ", f"{name}: ")) from None
-    return found
 
 
 def make_protocol(

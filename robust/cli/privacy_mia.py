@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robust.cli import options
-from robust.cli.interrupt import resumable
+from robust.cli.interrupt import Out, ResumeMore, resumable
 from robust.cli.progress import Meter
-from robust.cli.settings import Answers, parse_settings, parted, spread
-from robust.errors import ConfigError, DataError, UnknownName
-from robust.registry import room, unknown
+from robust.cli.settings import Answers, make_privacy_attacks, parse_settings
+from robust.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,13 +82,6 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="RUN", help="The run folder; none keeps nothing.", show_default=False),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run, or add attacks to it.")
-]
 
 
 def privacy_mia(
@@ -106,7 +98,7 @@ def privacy_mia(
     n: options.Count = 1000,
     seed: options.Seed = 0,
     out: Out = None,
-    resume: Resume = False,
+    resume: ResumeMore = False,
     weights: options.Weights = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -121,7 +113,7 @@ def privacy_mia(
         model, data, "linf", None, n=n, seed=seed, weights=weights, mean=mean, std=std, bounds=bounds, device=device,
         data_root=data_root, answers=answers,
     )  # fmt: skip
-    attacks = make_attacks(attack or [ATTACKS])
+    attacks = make_privacy_attacks("membership", attack or [ATTACKS], every=True)
     if shadow is not None and (shadow < 0 or shadow % 2):
         raise ConfigError(
             f"--shadow: {shadow} reference models make no pairs; give an even number such as 16"
@@ -147,28 +139,6 @@ def privacy_mia(
         print(json.dumps(told, ensure_ascii=False))
     else:
         show(found, out)
-
-
-def make_attacks(texts: Sequence[str]) -> dict[str, Any]:
-    """``["rmia:references=2", "loss,entropy"]`` as attacks by the names the table gives them.
-
-    Raises:
-        ConfigError, UnknownName: one line.
-    """
-    from robust.config import from_mapping
-
-    registry, found = room("attacks.privacy"), dict[str, Any]()
-    known = [row for row in registry if getattr(registry.load(row), "kind", None) == "membership"]
-    for text in spread(texts):
-        name, given = parted(text, "--attack")
-        if name != "all" and name not in known:
-            raise UnknownName("--attack: " + unknown("membership attack", name, known))
-        for row in known if name == "all" else [name]:
-            label = " ".join([row, *(f"{key}={value}" for key, value in given.items())])
-            if label in found and name != "all":
-                raise ConfigError(f"--attack: {label} is given twice")
-            found[label] = from_mapping(given, registry.load(row), f"--attack {row}")
-    return found
 
 
 def make_walk(

@@ -146,11 +146,9 @@ def parse_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
 
 def make_defenses(texts: Sequence[str] | None) -> tuple[Defense, ...]:
     """``["median-smooth", "bit-depth:bits=4"]`` as defences; an unknown name or an impossible value is one line."""
-    from robust.config import from_mapping
-
     found: list[Defense] = []
     for text in texts or []:
-        name, colon, rest = (part.strip() for part in text.partition(":"))
+        name, given = parted(text, "--defense")
         try:
             kind = room("defenses").load(name)
         except UnknownName as error:
@@ -158,12 +156,43 @@ def make_defenses(texts: Sequence[str] | None) -> tuple[Defense, ...]:
         if kind.kind != "transform":
             use = f"detect --detector {name}" if kind.kind == "detector" else f"certify --method {name}"
             raise ConfigError(f"--defense: {name} wraps no model; it is for robust {use}")
-        given = parse_settings(rest.split(","), "--defense") if colon else {}
-        try:
-            found.append(from_mapping(given, kind, f"--defense {name}"))
-        except ConfigError as error:  # a defence's own errors begin with its name
-            raise ConfigError(str(error).replace(f"{name}: {name}: ", f"{name}: ")) from None
+        found.append(_built(given, kind, name, "--defense"))
     return tuple(found)
+
+
+def make_privacy_attacks(kind: str, texts: Sequence[str], *, every: bool = False) -> dict[str, Any]:
+    """``["rmia:references=2", "loss,entropy"]`` as attacks by the names that a table gives them.
+
+    Args:
+        kind: "membership" or "inversion".
+        every: whether "all" is all of them.
+
+    Raises:
+        ConfigError, UnknownName: one line.
+    """
+    registry, found = room("attacks.privacy"), dict[str, Any]()
+    known = [row for row in registry if getattr(registry.load(row), "kind", None) == kind]
+    for text in spread(texts):
+        name, given = parted(text, "--attack")
+        whole = every and name == "all"
+        if not whole and name not in known:
+            raise UnknownName("--attack: " + unknown(f"{kind} attack", name, known))
+        for row in known if whole else [name]:
+            label = " ".join([row, *(f"{key}={value}" for key, value in given.items())])
+            if label in found and not whole:
+                raise ConfigError(f"--attack: {label} is given twice")
+            found[label] = _built(given, registry.load(row), row, "--attack")
+    return found
+
+
+def _built(given: Mapping[str, Any], kind: Any, name: str, option: str) -> Any:
+    """What an option names, with its settings."""
+    from robust.config import from_mapping
+
+    try:
+        return from_mapping(given, kind, f"{option} {name}")
+    except ConfigError as error:  # its own errors begin with its name
+        raise ConfigError(str(error).replace(f"{name}: {name}: ", f"{name}: ")) from None
 
 
 def averaged(kind: Any, settings: Sequence[str], defenses: Sequence[Defense]) -> list[str]:
