@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust.claim import claiming
 from robust.classifier import Classifier
 from robust.conditions import conditions
 from robust.detection import Progress, Samples
@@ -67,6 +68,7 @@ class Question:
         }
 
 
+@claiming
 def run_inversion(
     question: Question,
     *,

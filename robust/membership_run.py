@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from robust.augment import Augment
+from robust.claim import claiming
 from robust.classifier import Classifier
 from robust.conditions import conditions
 from robust.detection import Samples
@@ -93,6 +94,7 @@ class Question:
         }
 
 
+@claiming
 def run_membership(
     question: Question,
     *,
